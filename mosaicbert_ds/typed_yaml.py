@@ -1,0 +1,147 @@
+"""Any frozen dataclass from YAML and dotted overrides, strictly.
+
+    @recipe_part
+    class ScheduleConfig:
+        warmup: Annotated[float, Field(ge=0, le=1)] = 0.06
+
+    tree = read_yaml(path)
+    apply_overrides(tree, ["schedule.warmup=0.1"])
+    config = from_tree(ScheduleConfig, tree, source="my.yaml")
+
+Types, bounds and unknown keys are checked by pydantic in strict mode: the string "3" is no number,
+true is no number, and a key that no dataclass owns is refused with its nearest neighbour named.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mosaicbert_ds.errors import ConfigError
+
+Tree = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def recipe_part(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only dataclass that `from_tree` checks strictly."""
+    # Not annotated, hence no field: pydantic reads it off the class. allow_inf_nan: a rate of .nan
+    # would pass every bound.
+    cls.__pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # type: ignore[attr-defined]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two mends: `5e-4` is a number (YAML 1.1 wants `5.0e-4`), a repeated key is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ConfigError(f"{_place(key_node)}: key '{key}' is given twice; remove one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d[\d_]*)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def _place(node: yaml.Node) -> str:
+    return f"{node.start_mark.name}:{node.start_mark.line + 1}"
+
+
+def read_yaml(path: Path) -> Tree:
+    """Read a YAML mapping. Raises ConfigError for a missing file, bad syntax or a repeated key."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            tree = yaml.load(file, _Loader)  # _Loader is a SafeLoader  # noqa: S506
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of keys to values")
+    return tree
+
+
+def merge(base: Tree, over: Tree) -> Tree:
+    """`base` with the values of `over` laid over it, mapping by mapping. Neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def parse_overrides(overrides: Iterable[str]) -> Tree:
+    """`["a.b=3", "a.c=x"]` as the tree `{"a": {"b": 3, "c": "x"}}`; values are read as YAML."""
+    tree: Tree = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise ConfigError(f"override '{text}' is not of the form key=value, such as optimizer.peak_lr=5e-4")
+        try:
+            leaf = yaml.load(value, _Loader)  # noqa: S506
+        except yaml.YAMLError:
+            raise ConfigError(f"override '{text}': the value is not valid YAML; quote it") from None
+        for part in reversed(key.split(".")):
+            leaf = {part: leaf}
+        tree = merge(tree, leaf)
+    return tree
+
+
+def from_tree(cls: type[T], tree: Tree, source: str) -> T:
+    """Build the dataclass `cls` from `tree`.
+
+    Raises ConfigError naming `source`, the dotted key, what was given and what is allowed; with
+    several faults, one a line.
+    """
+    try:
+        return TypeAdapter(cls).validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        faults = [_explain(cls, fault, source) for fault in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(faults))) from None
+
+
+def to_tree(config: Any) -> Tree:
+    """The dataclass as plain dicts, lists and scalars: what `from_tree` takes."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _explain(cls: type, fault: Any, source: str) -> str:
+    path = [str(part) for part in fault["loc"]]
+    key = ".".join(path) or "(top level)"
+    if fault["type"] == "unexpected_keyword_argument":
+        return f"{source}: unknown key '{key}'{_suggest(cls, path)}"
+    if fault["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
+        return f"{source}: key '{key}' is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":  # from a __post_init__, which names its keys itself
+        return f"{source}: {'' if not path else key + ': '}{message}"
+    return f"{source}: {key} is {json.dumps(fault['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def _suggest(cls: Any, path: list[str]) -> str:
+    """`; did you mean 'x'?` or the list of keys that stand at this place."""
+    for part in path[:-1]:
+        cls = typing.get_type_hints(cls).get(part)
+        options = [c for c in (cls, *typing.get_args(cls)) if dataclasses.is_dataclass(c)]
+        if not options:
+            return ""
+        cls = options[0]
+    names = [field.name for field in dataclasses.fields(cls)]
+    close = difflib.get_close_matches(path[-1], names, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; allowed are {', '.join(names)}"
