@@ -5,10 +5,17 @@ WORLD_SIZE and LOCAL_RANK; under `srun` the same facts stand in SLURM_PROCID, SL
 SLURM_LOCALID.
 """
 
+import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as td
+
+from mosaicbert_ds.errors import UserError
+
+JSON = Any  # what json.dumps takes
 
 
 def _from_launcher(name: str, slurm_name: str, default: int) -> int:
@@ -58,3 +65,27 @@ def barrier() -> None:
     """Wait for all ranks."""
     if td.is_initialized() and td.get_world_size() > 1:
         td.barrier()
+
+
+def on_main(decide: Callable[[], JSON]) -> JSON:
+    """Call `decide` on the main rank only and return its JSON-like result on every rank.
+
+    A `UserError` there is raised on all ranks, so that they stop together instead of waiting for
+    one that has left.
+    """
+    answer: dict[str, Any] = {}
+    if is_main():
+        try:
+            answer = {"result": decide()}
+        except UserError as error:
+            answer = {"error": str(error)}
+    # JSON as bytes rather than broadcast_object_list, which pickles.
+    text = json.dumps(answer).encode() if is_main() else b""
+    length = broadcast(torch.tensor([len(text)], device=device()))
+    data = torch.zeros(int(length), dtype=torch.uint8)
+    if is_main():
+        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    answer = json.loads(bytes(broadcast(data.to(device())).cpu().numpy()))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["result"]

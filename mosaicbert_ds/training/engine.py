@@ -1,0 +1,191 @@
+"""The DeepSpeed engine: the only `deepspeed.initialize`, and the only code that knows how ZeRO lays
+out weights and moments.
+
+What a run's state is, whatever the ZeRO stage and the number of ranks: for every parameter name the
+fp32 weight and Adam's two moments, full shape (`gather`, `scatter`), and one count of Adam steps.
+"""
+
+import datetime
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.utils.cpp_extension import get_default_build_root
+
+from mosaicbert_ds import dist
+from mosaicbert_ds.errors import ConfigError, TrainingError
+from mosaicbert_ds.training.optimizer import OptimizerConfig, build_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's first and second moment, by torch's names
+_RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
+# The slowest build seen took 110 s on a busy machine; a lock this old belongs to a killed process.
+_STALE_LOCK_AGE_S = 15 * 60
+
+
+class Bf16Compute(nn.Module):
+    """Run `module`, whose weights are fp32, on bf16 copies of them.
+
+    Gives at ZeRO stage 0 what DeepSpeed's bf16 gives at stages 1 to 3: bf16 products, fp32 master
+    weights, and gradients that accumulate and are summed over ranks in fp32.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        halves = {name: weight.to(torch.bfloat16) for name, weight in self.module.named_parameters()}
+        return functional_call(self.module, halves, args, kwargs)
+
+
+def init_distributed() -> None:
+    """Join the run's process group: NCCL on GPUs, gloo on CPUs. A lone process needs no launcher."""
+    on_gpu = torch.cuda.is_available()
+    defaults = {
+        "RANK": dist.rank(),
+        "WORLD_SIZE": dist.world_size(),
+        "LOCAL_RANK": dist.local_rank(),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29500,
+    }
+    if not on_gpu:
+        defaults["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, hence before
+    for name, value in defaults.items():
+        os.environ.setdefault(name, str(value))
+    _refuse_stale_build_locks()
+    import deepspeed
+
+    if on_gpu:
+        torch.cuda.set_device(dist.local_rank())
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo",
+        auto_mpi_discovery=False,
+        timeout=_RENDEZVOUS_TIMEOUT,
+        verbose=False,
+    )
+
+
+def build_engine(model: nn.Module, optimizer: OptimizerConfig, ds_config: dict[str, Any], bf16: bool) -> Any:
+    """Wrap `model`, whose weights are fp32 and equal on all ranks, in a DeepSpeedEngine.
+
+    DeepSpeed builds its fp32 master weights from the bf16 module. They are written again from the
+    original weights, so that every stage starts, and every resumed run goes on, from the same bits.
+    """
+    import deepspeed
+
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    deepspeed_bf16 = ds_config["bf16"]["enabled"]
+    model = model.to(dist.device(), torch.bfloat16 if deepspeed_bf16 else torch.float32)
+    base = build_optimizer(model.parameters(), optimizer)
+    if ds_config["zero_optimization"].get("stage", 0) == 0:
+        base.register_step_pre_hook(_note_grad_norm)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=Bf16Compute(model) if bf16 and not deepspeed_bf16 else model,
+            optimizer=base,
+            config=ds_config,
+            dist_init_required=False,
+        )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
+    for name, parameter in named_parameters(engine).items():
+        scatter(engine, parameter, "weights", weights[name])
+    return engine
+
+
+def named_parameters(engine: Any) -> dict[str, nn.Parameter]:
+    """The model's parameters by the names that checkpoints use."""
+    module = engine.module
+    return dict((module.module if isinstance(module, Bf16Compute) else module).named_parameters())
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gather(engine: Any, parameter: nn.Parameter, kind: str) -> torch.Tensor:
+    """The full fp32 tensor of `parameter`: its "weights", "exp_avg" or "exp_avg_sq". A collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        return parameter.detach() if kind == "weights" else engine.basic_optimizer.state[parameter][kind]
+    full = (
+        safe_get_full_fp32_param(parameter)
+        if kind == "weights"
+        else safe_get_full_optimizer_state(parameter, kind)
+    )
+    assert full is not None
+    return full
+
+
+@torch.no_grad()
+def scatter(engine: Any, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
+    """Write the full fp32 tensor `value`, equal on all ranks, to where ZeRO keeps this rank's part."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    value = value.to(dist.device())
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        (parameter if kind == "weights" else engine.basic_optimizer.state[parameter][kind]).copy_(value)
+    elif stage == 3:
+        # Stage 3 pads a parameter to equal parts; DeepSpeed's full setter does not, and fails there.
+        part = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = F.pad(value.flatten(), (0, part * dist.world_size() - value.numel()))
+        mine = padded[dist.rank() * part : (dist.rank() + 1) * part]
+        if kind == "weights":
+            safe_set_local_fp32_param(parameter, mine)
+        else:
+            safe_set_local_optimizer_state(parameter, mine, kind)
+    elif kind == "weights":
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, kind)
+
+
+def create_moments(engine: Any, adam_steps: int) -> None:
+    """Make Adam's state before its first step, zero, with `adam_steps` taken; `scatter` then fills it."""
+    optimizer, base = engine.optimizer, engine.basic_optimizer
+    if engine.zero_optimization_stage() == 3:
+        parts = optimizer.fp32_partitioned_groups_flat
+    else:
+        parts = [part for group in base.param_groups for part in group["params"]]
+    for part in parts:
+        base.state[part] = {
+            "step": torch.tensor(float(adam_steps), device=part.device),
+            **{moment: torch.zeros_like(part, requires_grad=False) for moment in MOMENTS},
+        }
+    if engine.zero_optimization_stage() in (1, 2):
+        optimizer._lazy_init_hp_params_optimizer_state()  # points each parameter at its moments
+
+
+def adam_steps(engine: Any) -> int:
+    """Steps that Adam counts on this rank: what its bias correction uses. Waits for the device."""
+    counts = {int(state["step"]) for state in engine.basic_optimizer.state.values()}
+    assert len(counts) == 1, f"Adam's step counts differ: {counts}"
+    return counts.pop()
+
+
+def _note_grad_norm(optimizer: Any, args: Any, kwargs: Any) -> None:
+    """At stage 0 DeepSpeed computes no gradient norm unless it clips; it reports this attribute."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    optimizer._global_grad_norm = nn.utils.get_total_norm(gradients)
+
+
+def _refuse_stale_build_locks() -> None:
+    """A killed build leaves a lock file, and every later start waits for it without a word."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
+        age_s = time.time() - lock.stat().st_mtime
+        if age_s > _STALE_LOCK_AGE_S:
+            raise TrainingError(f"{lock} is {age_s / 60:.0f} minutes old, left by a build that was killed; remove it")
