@@ -1,0 +1,22 @@
+"""The models behind one call, and their way in and out of Hugging Face folders."""
+
+from mosaicbert_ds.model.build import build_pretraining_model, count_parameters
+from mosaicbert_ds.model.config import ModelConfig
+from mosaicbert_ds.model.mosaicbert import (
+    MaskedLMSums,
+    MosaicBertConfig,
+    MosaicBertForMaskedLM,
+    MosaicBertForSequenceClassification,
+    MosaicBertModel,
+)
+
+__all__ = [
+    "MaskedLMSums",
+    "ModelConfig",
+    "MosaicBertConfig",
+    "MosaicBertForMaskedLM",
+    "MosaicBertForSequenceClassification",
+    "MosaicBertModel",
+    "build_pretraining_model",
+    "count_parameters",
+]

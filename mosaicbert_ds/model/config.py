@@ -1,0 +1,44 @@
+"""The facts of a model that a recipe states."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mosaicbert_ds.typed_yaml import recipe_part
+
+VOCAB_MULTIPLE = 64  # a matrix product over the vocabulary is fastest when its width fills whole tiles
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+@recipe_part
+class ModelConfig:
+    """Shape and regularisation of the network. The defaults are MosaicBERT-Base."""
+
+    architecture: Literal["mosaicbert", "bert"] = "mosaicbert"
+    num_hidden_layers: Count = 12
+    num_attention_heads: Count = 12
+    hidden_size: Count = 768
+    intermediate_size: Count = 3072
+    vocab_size: Count = 30528
+    type_vocab_size: Count = 2
+    hidden_dropout: Rate = 0.1
+    attention_dropout: Rate = 0.0
+    max_position_embeddings: Count = 512  # bert only: MosaicBERT has no position embedding and no such limit
+    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, slower
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.vocab_size % VOCAB_MULTIPLE:
+            above = -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+            raise ValueError(
+                f"vocab_size {self.vocab_size} is not a multiple of {VOCAB_MULTIPLE}; use {above}, "
+                "the rows above the tokenizer's are never a target"
+            )

@@ -1,0 +1,465 @@
+"""MosaicBERT as Hugging Face models, from the embedding to the heads.
+
+Every model has two faces. The padded one is what users of `transformers` know: `input_ids (batch, length)`
+and an `attention_mask`. The unpadded one trains: `input_ids (tokens,)`, all sequences one behind the other,
+with `cu_seqlens (sequences + 1,)` int32 marking where each begins; rows behind `cu_seqlens[-1]` belong to
+no sequence and only round up the shape. Inside there are only unpadded rows, so padding costs nothing and
+position is what ALiBi sees: the distance between two tokens of a sequence. There is no longest length.
+
+Parameters carry the names of the published checkpoints. Each is used inside the forward of the module that
+owns it, because ZeRO-3 gathers a module's parameters when that module is called.
+
+This file and `ops/reference.py` are also what an exported model consists of (`export.py`): they import
+nothing but torch, transformers and the standard library, and of our own code only `ops`.
+Source of the architecture: https://arxiv.org/abs/2312.17482.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
+
+from mosaicbert_ds import ops
+
+
+class MosaicBertConfig(PretrainedConfig):
+    """A model's facts under BERT's standard names. Reads the published config.json as well."""
+
+    model_type = "mosaicbert"
+
+    vocab_size: int = 30528
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    type_vocab_size: int = 2
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.0
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+
+class MaskedLMSums(NamedTuple):
+    """What a pretraining step needs of a micro batch; the caller divides by the global number of targets."""
+
+    loss_sum: Tensor  # fp32 scalar
+    num_correct: Tensor  # int64 scalar
+
+
+class Packing(NamedTuple):
+    """A padded batch's place in the unpadded layout: its real tokens in order, the padding behind them."""
+
+    order: Tensor  # (batch * length,) int64: row i of the unpadded layout is element order[i] of the batch
+    cu_seqlens: Tensor  # (batch + 1,) int32
+    real: Tensor  # (batch, length) bool
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(batch, length) -> (batch * length,)"""
+        return padded.flatten()[self.order]
+
+    def unpack(self, hidden: Tensor) -> Tensor:
+        """(batch * length, hidden) -> (batch, length, hidden), zero where there is padding"""
+        padded = torch.zeros_like(hidden).index_copy(0, self.order, hidden)
+        return padded.view(*self.real.shape, -1).masked_fill(~self.real[..., None], 0.0)
+
+
+def packing_of(attention_mask: Tensor) -> Packing:
+    """The packing of an attention mask (batch, length), whichever side or holes its padding has.
+
+    No row is dropped, so shapes are static and nothing waits for the device.
+    """
+    if attention_mask.dim() != 2:
+        shape = tuple(attention_mask.shape)
+        raise ValueError(
+            f"attention_mask has shape {shape}; MosaicBERT takes (batch, length), nonzero = token"
+        )
+    real = attention_mask != 0
+    order = real.flatten().int().argsort(descending=True, stable=True)
+    cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
+    return Packing(order, cu_seqlens, real)
+
+
+class DropoutAddLayerNorm(nn.LayerNorm):
+    """LayerNorm(dropout(x) + residual): post-LN, fused because both inputs are read only once."""
+
+    def __init__(self, hidden_size: int, eps: float, dropout_p: float) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.dropout_p = dropout_p
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        dropout_p = self.dropout_p if self.training else 0.0
+        return ops.dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p)
+
+
+class MosaicBertEmbeddings(nn.Module):
+    """Word + token type, LayerNorm, dropout. No position embedding: ALiBi carries the order."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """(tokens,) -> (tokens, hidden)"""
+        if token_type_ids is None:
+            token_type_ids = input_ids.new_zeros(1)  # one row, broadcast: the gradient is then a plain sum
+        hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        return self.dropout(self.LayerNorm(hidden))
+
+
+class MosaicBertSelfAttention(nn.Module):
+    """Fused projection to queries, keys and values, then attention with symmetric ALiBi."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.dropout_p = config.attention_probs_dropout_prob
+        self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+
+    def forward(self, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """(tokens, hidden) -> (tokens, hidden)"""
+        qkv = self.Wqkv(hidden).unflatten(-1, (3, self.num_heads, -1))  # (tokens, 3, heads, head_dim)
+        dropout_p = self.dropout_p if self.training else 0.0
+        return ops.attention(qkv, slopes, cu_seqlens, max_seqlen, dropout_p).flatten(1)
+
+
+class MosaicBertAttentionOutput(nn.Module):
+    """Projection, dropout, residual, LayerNorm."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = DropoutAddLayerNorm(
+            config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob
+        )
+
+    def forward(self, context: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(context), residual)
+
+
+class MosaicBertAttention(nn.Module):
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.self = MosaicBertSelfAttention(config)
+        self.output = MosaicBertAttentionOutput(config)
+
+    def forward(
+        self, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, positions: Tensor | None
+    ) -> Tensor:
+        """(tokens, hidden) -> (tokens, hidden), or (positions, hidden) for those rows alone"""
+        context = self.self(hidden, slopes, cu_seqlens, max_seqlen)
+        if positions is not None:
+            context, hidden = context.index_select(0, positions), hidden.index_select(0, positions)
+        return self.output(context, hidden)
+
+
+class MosaicBertGatedMLP(nn.Module):
+    """GeGLU feed-forward. Its dropout stands before the down projection, and none behind it."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.dropout_p = config.hidden_dropout_prob
+        self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.layernorm = DropoutAddLayerNorm(config.hidden_size, config.layer_norm_eps, dropout_p=0.0)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(rows, hidden) -> (rows, hidden)"""
+        dropout_p = self.dropout_p if self.training else 0.0
+        gated = ops.geglu(self.gated_layers(hidden), dropout_p)  # (rows, intermediate)
+        return self.layernorm(self.wo(gated), hidden)
+
+
+class MosaicBertLayer(nn.Module):
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.attention = MosaicBertAttention(config)
+        self.mlp = MosaicBertGatedMLP(config)
+
+    def forward(
+        self, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, positions: Tensor | None
+    ) -> Tensor:
+        return self.mlp(self.attention(hidden, slopes, cu_seqlens, max_seqlen, positions))
+
+
+class MosaicBertEncoder(nn.Module):
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.layer = nn.ModuleList(MosaicBertLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False  # also what transformers' gradient_checkpointing_enable() sets
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        positions: Tensor | None = None,
+        every_layer: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """(tokens, hidden) -> the last layer's output; with `every_layer` all outputs, the input first.
+
+        `positions` are the rows that the caller reads: past its attention, the last layer computes no others.
+        """
+        # Made anew in each call, not kept as a buffer: a model cast to bf16 would round the slopes.
+        slopes = ops.alibi_slopes(self.num_heads, hidden.device)
+        outputs = [hidden]
+        for layer in self.layer:
+            rows = positions if layer is self.layer[-1] else None
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(layer, hidden, slopes, cu_seqlens, max_seqlen, rows, use_reentrant=False)
+            else:
+                hidden = layer(hidden, slopes, cu_seqlens, max_seqlen, rows)
+            if every_layer:
+                outputs.append(hidden)
+        return tuple(outputs) if every_layer else (hidden,)
+
+
+class MosaicBertPooler(nn.Module):
+    """Dense and tanh over the first token of each sequence."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first_tokens: Tensor) -> Tensor:
+        """(sequences, hidden) -> (sequences, hidden)"""
+        return torch.tanh(self.dense(first_tokens))
+
+
+class MosaicBertPredictionTransform(nn.Module):
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(hidden)))
+
+
+class MosaicBertDecoder(nn.Linear):
+    """Hidden states to scores over the vocabulary, or straight to the summed loss.
+
+    The loss is taken in here so that the tied weight is used by a module that owns it.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, labels: Tensor | None = None
+    ) -> Tensor | MaskedLMSums:
+        if labels is None:
+            return super().forward(hidden)
+        return MaskedLMSums(*ops.masked_lm_loss(hidden, self.weight, self.bias, labels))
+
+
+class MosaicBertPredictionHead(nn.Module):
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.transform = MosaicBertPredictionTransform(config)
+        self.decoder = MosaicBertDecoder(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | MaskedLMSums:
+        return self.decoder(self.transform(hidden), labels)
+
+
+class MosaicBertMaskedLMHead(nn.Module):
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__()
+        self.predictions = MosaicBertPredictionHead(config)
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor | MaskedLMSums:
+        """(..., hidden) -> logits (..., vocab), or with labels (masked,) the sums over (masked, hidden)"""
+        return self.predictions(hidden, labels)
+
+
+class MosaicBertPreTrainedModel(PreTrainedModel):
+    config_class = MosaicBertConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    _input_embed_layer = "word_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Linear and embedding weights normal(0, initializer_range), biases 0, LayerNorm 1 and 0.
+
+        transformers calls this for every module of a new model, and when loading for the modules whose
+        weights are not in the checkpoint.
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class MosaicBertModel(MosaicBertPreTrainedModel):
+    """The encoder without a head. Only the classifier gives it a pooler, which pretraining never trains."""
+
+    def __init__(self, config: MosaicBertConfig, add_pooling_layer: bool = False) -> None:
+        super().__init__(config)
+        self.embeddings = MosaicBertEmbeddings(config)
+        self.encoder = MosaicBertEncoder(config)
+        if add_pooling_layer:
+            self.pooler = MosaicBertPooler(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        positions: Tensor | None = None,
+    ) -> BaseModelOutput:
+        """Padded: input_ids (batch, length) -> last_hidden_state (batch, length, hidden), zero at padding.
+
+        Unpadded, chosen by `cu_seqlens` and `max_seqlen`: input_ids (tokens,) -> last_hidden_state
+        (tokens, hidden), or (positions, hidden) for these rows alone.
+        """
+        if cu_seqlens is not None:
+            hidden = self.embeddings(input_ids, token_type_ids)
+            outputs = self.encoder(hidden, cu_seqlens, max_seqlen, positions)
+            return BaseModelOutput(last_hidden_state=outputs[-1])
+
+        packing = packing_of(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        if token_type_ids is not None:
+            token_type_ids = packing.pack(token_type_ids.expand_as(input_ids))
+        hidden = self.embeddings(packing.pack(input_ids), token_type_ids)  # (batch * length, hidden)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        outputs = self.encoder(
+            hidden, packing.cu_seqlens, max_seqlen=input_ids.shape[1], every_layer=output_hidden_states
+        )
+        padded = tuple(packing.unpack(output) for output in outputs)  # each (batch, length, hidden)
+        return BaseModelOutput(
+            last_hidden_state=padded[-1], hidden_states=padded if output_hidden_states else None
+        )
+
+
+class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
+    _tied_weights_keys = {  # noqa: RUF012
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
+    }
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__(config)
+        self.bert = MosaicBertModel(config)
+        self.cls = MosaicBertMaskedLMHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        masked_positions: Tensor | None = None,
+    ) -> MaskedLMOutput | MaskedLMSums:
+        """Padded: labels (batch, length), -100 = none -> logits (batch, length, vocab) and the mean loss.
+
+        Unpadded, chosen by `cu_seqlens`: input_ids (tokens,), masked_positions (masked,), labels (masked,)
+        -> MaskedLMSums. Only the masked positions pass the last layer's feed-forward and the head.
+        """
+        if cu_seqlens is not None:
+            hidden = self.bert(
+                input_ids,
+                token_type_ids=token_type_ids,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+                positions=masked_positions,
+            ).last_hidden_state  # (masked, hidden)
+            return self.cls(hidden, labels)
+
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, output_hidden_states)
+        logits = self.cls(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss_sum = F.cross_entropy(
+                logits.flatten(0, 1).float(),
+                labels.flatten(),
+                ignore_index=ops.IGNORED_LABEL,
+                reduction="sum",
+            )
+            # A batch without any label has loss 0; a plain mean would be 0/0.
+            loss = loss_sum / (labels != ops.IGNORED_LABEL).sum().clamp(min=1)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
+    """One label a sequence from its first token; `num_labels` 1 means a number instead (regression)."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__(config)
+        self.bert = MosaicBertModel(config, add_pooling_layer=True)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> SequenceClassifierOutput | Tensor:
+        """Padded: labels (batch,) -> logits (batch, num_labels) and the mean loss.
+
+        Unpadded, chosen by `cu_seqlens`: input_ids (tokens,) -> logits (sequences, num_labels) alone. The
+        last layer's feed-forward sees only the first tokens. A sequence of no tokens gives logits of no
+        meaning, so that `cu_seqlens` may be rounded up by repeating its end.
+        """
+        if cu_seqlens is not None:
+            first = cu_seqlens[:-1].clamp(max=input_ids.shape[0] - 1)
+            pooled = self.bert(
+                input_ids,
+                token_type_ids=token_type_ids,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
+                positions=first,
+            ).last_hidden_state  # (sequences, hidden)
+            return self.classifier(self.dropout(self.bert.pooler(pooled)))
+
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, output_hidden_states)
+        hidden = outputs.last_hidden_state  # (batch, length, hidden)
+        if attention_mask is None:
+            first_tokens = hidden[:, 0]
+        else:  # argmax gives the first of equal values: with left padding that is not column 0
+            first = (attention_mask != 0).int().argmax(1)
+            first_tokens = hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
+        logits = self.classifier(self.dropout(self.bert.pooler(first_tokens)))
+        loss = None if labels is None else self._loss(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        single_label = "single_label_classification"
+        problem_type = self.config.problem_type or (
+            "regression" if self.config.num_labels == 1 else single_label
+        )
+        if problem_type == "regression":
+            return F.mse_loss(logits.float().flatten(), labels.float().flatten())
+        if problem_type == single_label:
+            return F.cross_entropy(logits.float(), labels)
+        raise ValueError(f"problem_type is {problem_type!r}; allowed are 'regression' and '{single_label}'")
