@@ -1,0 +1,189 @@
+"""Unpadded batches for one rank, prepared ahead of the step in a background thread.
+
+    for micro_batches in pretraining_batches(shards, tokenizer, data, masking, seed=17, ...):
+        for batch in micro_batches:
+            loss = model(batch.to(device))
+
+The stream of samples is cut into global batches, a global batch into micro batches, and micro batch
+m goes to rank m % world_size: rank count and micro batch size decide who computes, never what.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from mosaicbert_ds.data.config import EVALUATION_MASK_RATE, DataConfig, MaskingConfig
+from mosaicbert_ds.data.masking import mask_tokens, sample_keys
+from mosaicbert_ds.data.sampler import samples_at
+from mosaicbert_ds.data.shards import ShardSet
+from mosaicbert_ds.data.tokenizer import LoadedTokenizer
+from mosaicbert_ds.errors import ConfigError
+
+T = TypeVar("T")
+
+# Held-out samples and their masks are the same in every run, whatever its seed.
+EVALUATION_SEED = 0
+# Micro batches that evaluation prepares ahead.
+_EVALUATION_PREFETCH = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples one after the other, without padding. Counts are Python numbers: no waiting for the device."""
+
+    input_ids: torch.Tensor  # (tokens,) int64, some hidden
+    cu_seqlens: torch.Tensor  # (sequences + 1,) int32: sequence i is cu_seqlens[i] : cu_seqlens[i + 1]
+    max_seqlen: int  # tokens of the longest sequence
+    masked_positions: torch.Tensor  # (masked,) int64, places in input_ids to guess
+    labels: torch.Tensor  # (masked,) int64, the ids that stood there
+    num_samples: int  # sequences that count; 0 in an evaluation batch that only fills up
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def num_masked(self) -> int:
+        return self.labels.numel()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on `device`. A copy to a GPU goes through pinned memory and is not waited for."""
+        device = torch.device(device)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                pinned = value.pin_memory() if device.type == "cuda" else value
+                values[name] = pinned.to(device, non_blocking=True)
+        return Batch(**values)
+
+
+def pretraining_batches(
+    shards: ShardSet,
+    tokenizer: LoadedTokenizer,
+    data: DataConfig,
+    masking: MaskingConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    num_samples_total: int,
+    rank: int,
+    world_size: int,
+    start_sample: int = 0,
+) -> Generator[list[Batch], None, None]:
+    """This rank's micro batches, one list for each global batch, from `start_sample` to the run's end.
+
+    Sizes and positions count samples. Global batch k is positions k * G to (k + 1) * G of the stream
+    of `sampler.samples_at`; micro batch m of it goes to rank m % world_size. Raises ConfigError for
+    numbers that do not divide, DataError for data of another length or tokenizer, before the first
+    batch; DataError later for damaged shards.
+    """
+    _check_division(global_batch_size, micro_batch_size, world_size, num_samples_total, start_sample)
+    shards.check_tokenizer(tokenizer)
+    shards.check_settings(data)
+
+    def make(start: int) -> list[Batch]:
+        epochs, indices = samples_at(seed, shards.num_samples, start, global_batch_size)
+        rate = masking.rate_at(start / num_samples_total)
+        firsts = range(rank * micro_batch_size, global_batch_size, world_size * micro_batch_size)
+        mine = [slice(first, first + micro_batch_size) for first in firsts]
+        return [
+            _collate(shards, tokenizer, sample_keys(seed, epochs[m], indices[m]), indices[m], rate)
+            for m in mine
+        ]
+
+    return _ahead(make, range(start_sample, num_samples_total, global_batch_size), data.prefetch)
+
+
+def evaluation_batches(
+    shards: ShardSet,
+    tokenizer: LoadedTokenizer,
+    *,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int = EVALUATION_SEED,
+    max_samples: int | None = None,
+) -> Generator[Batch, None, None]:
+    """This rank's share of the held-out samples (`max_samples` of them at most), masked at 15 %.
+
+    Samples and masks depend on `seed` alone. All ranks yield the same number of batches, so that
+    collectives stay aligned: a rank without samples left yields sample 0 with nothing to guess
+    (num_samples 0, num_masked 0), which adds nothing to sums of losses and counts.
+    """
+    shards.check_tokenizer(tokenizer)
+    count = min(shards.num_samples, max_samples or shards.num_samples)
+    _, indices = samples_at(seed, shards.num_samples, 0, count)
+
+    def make(start: int) -> Batch:
+        first = start + rank * micro_batch_size
+        mine = indices[first : first + micro_batch_size]
+        if len(mine) == 0:
+            return _collate(
+                shards, tokenizer, np.zeros(1, np.uint64), np.zeros(1, np.int64), rate=0.0, counts=False
+            )
+        return _collate(shards, tokenizer, sample_keys(seed, 0, mine), mine, EVALUATION_MASK_RATE)
+
+    return _ahead(make, range(0, count, micro_batch_size * world_size), _EVALUATION_PREFETCH)
+
+
+def _check_division(global_batch: int, micro_batch: int, world: int, total: int, start: int) -> None:
+    share = micro_batch * world
+    if global_batch % share:
+        near = max(1, round(global_batch / share)) * share
+        raise ConfigError(
+            f"global_batch_size {global_batch} is not a multiple of micro_batch_size {micro_batch} x {world} ranks;"
+            f" use {near}, or another micro batch"
+        )
+    for name, samples in (("the run's length", total), ("the starting point", start)):
+        if samples % global_batch:
+            near = round(samples / global_batch) * global_batch
+            raise ConfigError(
+                f"{name}, {samples} samples, is not a multiple of global_batch_size {global_batch}; try {near}"
+            )
+
+
+def _collate(
+    shards: ShardSet,
+    tokenizer: LoadedTokenizer,
+    keys: np.ndarray,
+    indices: np.ndarray,
+    rate: float,
+    counts: bool = True,
+) -> Batch:
+    """Fetch, mask and pack the samples `indices` (samples,)."""
+    tokens, lengths = shards.gather(indices)
+    positions, labels = mask_tokens(tokens, lengths, keys, rate, tokenizer)
+    cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    return Batch(
+        input_ids=torch.from_numpy(tokens),
+        cu_seqlens=torch.from_numpy(cu_seqlens),
+        max_seqlen=int(lengths.max()),
+        masked_positions=torch.from_numpy(positions),
+        labels=torch.from_numpy(labels),
+        num_samples=len(indices) if counts else 0,
+    )
+
+
+def _ahead(make: Callable[[int], T], starts: range, prefetch: int) -> Generator[T, None, None]:
+    """`make(start)` for each start, in order, `prefetch` of them ahead of the consumer in one thread.
+
+    An error comes out where its batch would have. Closing the generator ends the thread.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+    pending: deque[Future[T]] = deque()
+    try:
+        for start in starts:
+            pending.append(pool.submit(make, start))
+            if len(pending) > prefetch:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
