@@ -137,14 +137,14 @@ def _check_division(global_batch: int, micro_batch: int, world: int, total: int,
     if global_batch % share:
         near = max(1, round(global_batch / share)) * share
         raise ConfigError(
-            f"global_batch_size {global_batch} is not a multiple of micro_batch_size {micro_batch} x {world} ranks;"
-            f" use {near}, or another micro batch"
+            f"global_batch_size {global_batch} is not a multiple of micro_batch_size {micro_batch} x"
+            f" {world} ranks; use {near}, or another micro batch"
         )
     for name, samples in (("the run's length", total), ("the starting point", start)):
         if samples % global_batch:
             near = round(samples / global_batch) * global_batch
             raise ConfigError(
-                f"{name}, {samples} samples, is not a multiple of global_batch_size {global_batch}; try {near}"
+                f"{name}, {samples} samples, is no multiple of global_batch_size {global_batch}; try {near}"
             )
 
 

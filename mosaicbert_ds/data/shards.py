@@ -98,7 +98,9 @@ def _describe(blob: np.ndarray) -> str:
         return "its first bytes are no shard's"
     _, version, itemsize, samples, tokens, name = _HEADER.unpack(blob[: _HEADER.size].tobytes())
     label = name.rstrip(b"\0").decode(errors="replace")
-    return f"it says '{label}', version {version}, {itemsize} bytes a token, {samples:,} samples, {tokens:,} tokens"
+    return (
+        f"it says '{label}', version {version}, {itemsize} bytes a token, {samples} samples, {tokens} tokens"
+    )
 
 
 # ---- the manifest
@@ -183,7 +185,7 @@ class ShardSet:
 
         Raises DataError naming the shard where a sample is longer than allowed or an id is unknown.
         """
-        if len(indices) and not (0 <= indices.min() and indices.max() < self.num_samples):
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self.num_samples):
             raise IndexError(f"sample {indices.min()} to {indices.max()} of {self.num_samples}")
         numbers = np.searchsorted(self._first, indices, side="right") - 1
         parts, lengths = [], []
@@ -191,27 +193,23 @@ class ShardSet:
             shard = self._shards[number]
             begin, end = int(shard.offsets[place]), int(shard.offsets[place + 1])
             if not 3 <= end - begin <= self.max_length:
-                allowed = f"allowed are 3 to {self.max_length}"
-                raise DataError(
-                    f"{shard.path} is damaged: sample {place} has {end - begin} tokens; {allowed}; {_PREPARE_AGAIN}"
-                )
+                fault = f"sample {place} has {end - begin} tokens, allowed are 3 to {self.max_length}"
+                raise DataError(f"{shard.path} is damaged: {fault}; {_PREPARE_AGAIN}")
             parts.append(shard.tokens[begin:end])
             lengths.append(end - begin)
         tokens = np.concatenate(parts).astype(np.int64)
         if tokens.max() >= self.vocab_size:
             at = int(np.searchsorted(np.cumsum(lengths), tokens.argmax(), side="right"))
-            path = self._shards[numbers[at]].path
-            raise DataError(
-                f"{path} is damaged: token id {tokens.max()} in a vocabulary of {self.vocab_size}; {_PREPARE_AGAIN}"
-            )
+            fault = f"token id {tokens.max()} in a vocabulary of {self.vocab_size}"
+            raise DataError(f"{self._shards[numbers[at]].path} is damaged: {fault}; {_PREPARE_AGAIN}")
         return tokens, np.array(lengths)
 
     def check_tokenizer(self, tokenizer: LoadedTokenizer) -> None:
         """Raises DataError unless `tokenizer` is the one that made the tokens."""
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise DataError(
-                f"{self.folder} was tokenised with {self.tokenizer_sha256[:12]}, not with {tokenizer.sha256[:12]} of"
-                f" {tokenizer.folder}; use {self.folder / 'tokenizer'}, or prepare the data again"
+                f"{self.folder} was tokenised with tokenizer {self.tokenizer_sha256[:12]}, {tokenizer.folder} is"
+                f" {tokenizer.sha256[:12]}; use {self.folder / 'tokenizer'}, or prepare the data again"
             )
 
     def check_settings(self, data: DataConfig) -> None:
@@ -220,13 +218,13 @@ class ShardSet:
         for key in ("max_length", "documents"):
             if stated[key] != getattr(data, key):
                 raise DataError(
-                    f"{self.folder} was prepared with {key} {stated[key]}, the recipe says {getattr(data, key)};"
-                    f" set data.{key}={stated[key]}, or prepare the data again"
+                    f"{self.folder} was prepared with {key} {stated[key]}, the recipe says"
+                    f" {getattr(data, key)}; set data.{key}={stated[key]}, or prepare the data again"
                 )
 
 
 def verify(folder: str | Path) -> Summary:
-    """Read every byte of a prepared folder. Raises DataError naming the first file that is not as it was written."""
+    """Read every byte of a prepared folder. Raises DataError naming the first file that has changed."""
     folder = Path(folder)
     manifest = read_manifest(folder)
     for name, expected in manifest["tokenizer"]["files"].items():
