@@ -208,7 +208,7 @@ class ShardSet:
         """Raises DataError unless `tokenizer` is the one that made the tokens."""
         if tokenizer.sha256 != self.tokenizer_sha256:
             raise DataError(
-                f"{self.folder} was tokenised with tokenizer {self.tokenizer_sha256[:12]}, {tokenizer.folder} is"
+                f"{self.folder} was tokenised with {self.tokenizer_sha256[:12]}, {tokenizer.folder} is"
                 f" {tokenizer.sha256[:12]}; use {self.folder / 'tokenizer'}, or prepare the data again"
             )
 
