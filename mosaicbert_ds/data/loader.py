@@ -90,8 +90,7 @@ def pretraining_batches(
     def make(start: int) -> list[Batch]:
         epochs, indices = samples_at(seed, shards.num_samples, start, global_batch_size)
         rate = masking.rate_at(start / num_samples_total)
-        firsts = range(rank * micro_batch_size, global_batch_size, world_size * micro_batch_size)
-        mine = [slice(first, first + micro_batch_size) for first in firsts]
+        mine = micro_batch_slices(global_batch_size, micro_batch_size, rank, world_size)
         return [
             _collate(shards, tokenizer, sample_keys(seed, epochs[m], indices[m]), indices[m], rate)
             for m in mine
@@ -130,6 +129,14 @@ def evaluation_batches(
         return _collate(shards, tokenizer, sample_keys(seed, 0, mine), mine, EVALUATION_MASK_RATE)
 
     return _ahead(make, range(0, count, micro_batch_size * world_size), _EVALUATION_PREFETCH)
+
+
+def micro_batch_slices(
+    global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+) -> list[slice]:
+    """The parts of a global batch that `rank` computes: its micro batches rank, rank + world_size, ..."""
+    firsts = range(rank * micro_batch_size, global_batch_size, world_size * micro_batch_size)
+    return [slice(first, first + micro_batch_size) for first in firsts]
 
 
 def _check_division(global_batch: int, micro_batch: int, world: int, total: int, start: int) -> None:
