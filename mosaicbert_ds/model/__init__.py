@@ -2,6 +2,8 @@
 
 from mosaicbert_ds.model.build import build_pretraining_model, count_parameters
 from mosaicbert_ds.model.config import ModelConfig
+from mosaicbert_ds.model.export import export_model
+from mosaicbert_ds.model.import_ import import_published
 from mosaicbert_ds.model.mosaicbert import (
     MaskedLMSums,
     MosaicBertConfig,
@@ -19,4 +21,6 @@ __all__ = [
     "MosaicBertModel",
     "build_pretraining_model",
     "count_parameters",
+    "export_model",
+    "import_published",
 ]

@@ -1,10 +1,12 @@
-"""From the facts of a recipe to a fresh model on the current device."""
+"""From the facts of a recipe to a model, fresh or with given weights."""
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import BertConfig, PreTrainedModel
 
+from mosaicbert_ds.errors import CheckpointError
 from mosaicbert_ds.model.config import ModelConfig
 from mosaicbert_ds.model.hf_bert import HFBertForMaskedLM
 from mosaicbert_ds.model.mosaicbert import MosaicBertConfig, MosaicBertForMaskedLM
@@ -49,3 +51,24 @@ def count_parameters(config: ModelConfig) -> int:
     """Number of parameters of the masked-language model, the tied decoder counted once. Takes no memory."""
     with torch.device("meta"):
         return build_pretraining_model(config).num_parameters()
+
+
+def load_weights(model: PreTrainedModel, weights: dict[str, Tensor], source: str) -> None:
+    """Copy `weights` into `model` by name. Tied weights may be given once or under both names.
+
+    Raises CheckpointError, naming `source`, with every missing and unexpected name, wrong shape and tied
+    pair that differs.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied weight under both its names
+    first_name = {parameter: name for name, parameter in model.named_parameters()}
+    faults = [f"missing {name}" for name in sorted(first_name.values()) if name not in weights]
+    faults += [f"unexpected {name}" for name in sorted(weights.keys() - parameters.keys())]
+    for name in sorted(weights.keys() & parameters.keys()):
+        given, tied = weights[name], first_name[parameters[name]]
+        if given.shape != parameters[name].shape:
+            faults.append(f"{name} has shape {tuple(given.shape)}, not {tuple(parameters[name].shape)}")
+        elif tied in weights and tied != name and not torch.equal(given, weights[tied]):
+            faults.append(f"{name} differs from {tied}, which it is tied to")
+    if faults:
+        raise CheckpointError(f"{source} does not fit the model:\n  " + "\n  ".join(faults))
+    model.load_state_dict(weights, strict=False)  # names are checked; a tied one may be left out

@@ -76,9 +76,8 @@ def packing_of(attention_mask: Tensor) -> Packing:
     No row is dropped, so shapes are static and nothing waits for the device.
     """
     if attention_mask.dim() != 2:
-        shape = tuple(attention_mask.shape)
         raise ValueError(
-            f"attention_mask has shape {shape}; MosaicBERT takes (batch, length), nonzero = token"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; give (batch, length), nonzero = token"
         )
     real = attention_mask != 0
     order = real.flatten().int().argsort(descending=True, stable=True)
@@ -454,12 +453,8 @@ class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        single_label = "single_label_classification"
-        problem_type = self.config.problem_type or (
-            "regression" if self.config.num_labels == 1 else single_label
-        )
-        if problem_type == "regression":
+        if self.config.problem_type == "multi_label_classification":
+            raise ValueError("problem_type is multi_label_classification; here a sequence has one label")
+        if self.config.problem_type == "regression" or self.config.num_labels == 1:
             return F.mse_loss(logits.float().flatten(), labels.float().flatten())
-        if problem_type == single_label:
-            return F.cross_entropy(logits.float(), labels)
-        raise ValueError(f"problem_type is {problem_type!r}; allowed are 'regression' and '{single_label}'")
+        return F.cross_entropy(logits.float(), labels)
