@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mosaicbert_ds.data.config import DataConfig
 from mosaicbert_ds.data.files import Summary, sha256_of, write_durably
@@ -81,6 +80,8 @@ def open_shard(folder: Path, entry: dict[str, Any], dtype: np.dtype) -> Shard:
         raise DataError(
             f"{path} has {size:,} bytes, not {entry['bytes']:,} as its manifest says; {_PREPARE_AGAIN}"
         )
+    import torch  # here, so that the workers of a preparation, which only write, start without it
+
     # torch.from_file and not np.memmap, which keeps a file descriptor for each of thousands of shards.
     blob = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
     samples, num_tokens = entry["samples"], entry["tokens"]

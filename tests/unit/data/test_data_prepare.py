@@ -62,7 +62,8 @@ from mosaicbert_ds.data import prepare as p
 from mosaicbert_ds.data.config import DataConfig
 if __name__ == "__main__":
     p.UNIT_BYTES = 1
-    p.prepare([{str(corpus)!r}], {str(out)!r}, {str(tokenizer_dir)!r}, DataConfig(max_length=32, documents="chunk"),
+    data = DataConfig(max_length=32, documents="chunk")
+    p.prepare([{str(corpus)!r}], {str(out)!r}, {str(tokenizer_dir)!r}, data,
               workers={workers}, held_out_fraction=0.1, shard_bytes=8192)
 """
     script = out.with_suffix(".py")
