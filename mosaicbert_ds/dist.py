@@ -67,6 +67,12 @@ def barrier() -> None:
         td.barrier()
 
 
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
 def on_main(decide: Callable[[], JSON]) -> JSON:
     """Call `decide` on the main rank only and return its JSON-like result on every rank.
 

@@ -67,7 +67,7 @@ def read_yaml(path: Path) -> Tree:
     """Read a YAML mapping. Raises ConfigError for a missing file, bad syntax or a repeated key."""
     try:
         with path.open(encoding="utf-8") as file:
-            tree = yaml.load(file, _Loader)  # _Loader is a SafeLoader  # noqa: S506
+            tree = yaml.load(file, _Loader)  # _Loader is a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -92,9 +92,11 @@ def parse_overrides(overrides: Iterable[str]) -> Tree:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-            raise ConfigError(f"override '{text}' is not of the form key=value, such as optimizer.peak_lr=5e-4")
+            raise ConfigError(
+                f"override '{text}' is not of the form key=value, such as optimizer.peak_lr=5e-4"
+            )
         try:
-            leaf = yaml.load(value, _Loader)  # noqa: S506
+            leaf = yaml.load(value, _Loader)
         except yaml.YAMLError:
             raise ConfigError(f"override '{text}': the value is not valid YAML; quote it") from None
         for part in reversed(key.split(".")):

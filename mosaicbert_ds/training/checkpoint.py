@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +31,7 @@ from mosaicbert_ds.training.plan import Count
 from mosaicbert_ds.typed_yaml import recipe_part
 
 FORMAT = 1
-TENSOR_FILES = ("weights", "exp_avg", "exp_avg_sq")
+KINDS = ("weights", "exp_avg", "exp_avg_sq")  # fp32 weights and Adam's moments, by torch's names
 _READ_BLOCK = 1 << 22
 
 
@@ -55,11 +55,9 @@ class Checkpoint:
     path: Path
     state: dict[str, Any]
 
-    def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and fp32 tensors of "weights", "exp_avg" or "exp_avg_sq", one at a time."""
-        with safe_open(self.path / f"{kind}.safetensors", framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (a safetensors handle is no dict)
-                yield name, file.get_tensor(name)
+    def open(self, kind: str) -> Any:
+        """The safetensors handle of "weights", "exp_avg" or "exp_avg_sq": `.keys()`, `.get_tensor(name)`."""
+        return safe_open(self.path / f"{kind}.safetensors", framework="pt")
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -88,22 +86,35 @@ def newest_verified(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The newest whole step of the run in `path`, or the step in `path`. Raises CheckpointError."""
+    if (path / "manifest.json").is_file():
+        return open_verified(path)
+    checkpoint, _ = newest_verified(path / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; give a run's folder or one of its checkpoints/step-N"
+        )
+    return checkpoint
+
+
 def open_verified(path: Path) -> Checkpoint:
     """Check every file of the step against its manifest. Raises CheckpointError naming the file."""
     manifest = _read_json(path / "manifest.json")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}")
-    expected = {f"{kind}.safetensors" for kind in TENSOR_FILES} | {"state.json"}
-    if set(manifest["files"]) != expected:
-        raise CheckpointError(f"{path / 'manifest.json'} lists {sorted(manifest['files'])}, not {sorted(expected)}")
-    for name, facts in manifest["files"].items():
+        raise CheckpointError(
+            f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}"
+        )
+    expected = {f"{kind}.safetensors" for kind in KINDS} | {"state.json"}
+    listed = manifest.get("files")
+    if not isinstance(listed, dict) or set(listed) != expected:
+        raise CheckpointError(f"{path / 'manifest.json'} does not list exactly {', '.join(sorted(expected))}")
+    for name in sorted(expected):
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != facts["bytes"]:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, not {facts['bytes']}")
-        if _sha256(file) != facts["sha256"]:
-            raise CheckpointError(f"{file} does not match its sha256 in manifest.json")
+        if listed[name] != {"bytes": file.stat().st_size, "sha256": _sha256(file)}:
+            raise CheckpointError(f"{file} does not match its size and sha256 in manifest.json")
     state = _read_json(path / "state.json")
     if step_folder(path.parent, state["progress"]["step"]).name != path.name:
         raise CheckpointError(f"{path} holds step {state['progress']['step']}, not the step of its name")
@@ -137,12 +148,12 @@ def write_step(
     return final
 
 
-def prune(root: Path, keep_last: int, is_kept: Any) -> None:
-    """Remove steps beyond the `keep_last` newest, but those for which `is_kept(folder)` holds, and
-    what interrupted saves left behind. A folder being removed is renamed first, so that a reader
-    never finds half a step."""
+def prune(root: Path, keep_last: int) -> None:
+    """Remove steps beyond the `keep_last` newest, but those whose state says `kept`, and what
+    interrupted saves left behind. A folder being removed is renamed first, so that a reader never
+    finds half a step."""
     for path in saved_steps(root)[keep_last:]:
-        if not is_kept(path):
+        if not _read_json(path / "state.json")["kept"]:
             path.rename(doomed := path.with_name(path.name + ".old"))
             shutil.rmtree(doomed)
     for leftover in (*root.glob("step-*.tmp"), *root.glob("step-*.old")):
@@ -159,7 +170,7 @@ class BackgroundWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def submit(self, write: Any) -> None:
+    def submit(self, write: Callable[[], None]) -> None:
         """Run `write()` on the thread, after the one before has ended: at most one copy waits."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint-writer")
@@ -174,7 +185,7 @@ class BackgroundWriter:
             error, self._error = self._error, None
             raise CheckpointError(f"the checkpoint could not be written: {error}") from error
 
-    def _run(self, write: Any) -> None:
+    def _run(self, write: Callable[[], None]) -> None:
         try:
             write()
         except BaseException as error:
@@ -200,7 +211,7 @@ def _safetensors_bytes(named: dict[str, torch.Tensor]) -> Iterator[Any]:
         yield memoryview(tensor.contiguous().numpy()).cast("B")
 
 
-def _write(path: Path, pieces: Any) -> dict[str, Any]:
+def _write(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:
     """Write `pieces`, fsync, and return the file's size and sha256."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:

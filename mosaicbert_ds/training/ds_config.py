@@ -72,8 +72,14 @@ def read_ds_config(config: EngineConfig) -> dict[str, Any]:
         if key not in tree:
             raise ConfigError(f"{path}: key '{key}' is missing; {reason}")
     clipping = tree["gradient_clipping"]
-    if isinstance(clipping, bool) or not isinstance(clipping, (int, float)) or not 0 <= clipping < float("inf"):
-        raise ConfigError(f"{path}: gradient_clipping is {clipping!r}; allowed is a number >= 0, 0.0 for none")
+    if (
+        isinstance(clipping, bool)
+        or not isinstance(clipping, (int, float))
+        or not 0 <= clipping < float("inf")
+    ):
+        raise ConfigError(
+            f"{path}: gradient_clipping is {clipping!r}; allowed is a number >= 0, 0.0 for none"
+        )
     _check_zero(tree["zero_optimization"], path)
     return tree
 
@@ -90,7 +96,9 @@ def resolve_ds_config(tree: dict[str, Any], config: EngineConfig, plan: BatchPla
         resolved["bf16"] = {"enabled": False}
         resolved["data_types"] = {"grad_accum_dtype": "fp32"}
     elif not tree["bf16"].get("enabled"):
-        raise ConfigError(f"engine.precision is bf16 but {config.deepspeed} says bf16.enabled false; change one")
+        raise ConfigError(
+            f"engine.precision is bf16 but {config.deepspeed} says bf16.enabled false; change one"
+        )
     return resolved | {
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -108,7 +116,9 @@ def _find(name: str) -> Path:
         if path.suffix == ".json" and path.is_file():
             return path
     shipped = sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.json")})
-    raise ConfigError(f"engine.deepspeed is '{name}'; allowed are {', '.join(shipped)} or the path of a .json file")
+    raise ConfigError(
+        f"engine.deepspeed is '{name}'; allowed are {', '.join(shipped)} or the path of a .json file"
+    )
 
 
 def _check_zero(block: Any, path: Path) -> None:
@@ -118,6 +128,8 @@ def _check_zero(block: Any, path: Path) -> None:
     try:
         DeepSpeedZeroConfig(**block)
     except (ValidationError, TypeError) as error:
-        faults = error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": "is no object"}]
+        faults = (
+            error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": "is no object"}]
+        )
         key = ".".join(str(part) for part in ("zero_optimization", *faults[0]["loc"]))
         raise ConfigError(f"{path}: {key}: {faults[0]['msg']}") from None

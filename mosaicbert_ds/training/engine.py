@@ -21,7 +21,7 @@ from mosaicbert_ds import dist
 from mosaicbert_ds.errors import ConfigError, TrainingError
 from mosaicbert_ds.training.optimizer import OptimizerConfig, build_optimizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's first and second moment, by torch's names
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's first and second, by torch's names
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
 # The slowest build seen took 110 s on a busy machine; a lock this old belongs to a killed process.
 _STALE_LOCK_AGE_S = 15 * 60
@@ -188,4 +188,6 @@ def _refuse_stale_build_locks() -> None:
     for lock in (*root.glob("deepspeed_*/lock"), *root.glob("*/deepspeed_*/lock")):
         age_s = time.time() - lock.stat().st_mtime
         if age_s > _STALE_LOCK_AGE_S:
-            raise TrainingError(f"{lock} is {age_s / 60:.0f} minutes old, left by a build that was killed; remove it")
+            raise TrainingError(
+                f"{lock} is {age_s / 60:.0f} minutes old, left by a build that was killed; remove it"
+            )

@@ -60,7 +60,9 @@ def plan_batches(batch: BatchConfig, duration: DurationConfig, world_size: int) 
     total, micro, given = batch.global_batch_size, batch.micro_batch_size, batch.gradient_accumulation_steps
     accumulation = given or total // (micro * world_size)
     if micro * accumulation * world_size != total:
-        product = f"micro batch {micro} x {world_size} rank(s)" + (f" x accumulation {given}" if given else "")
+        product = f"micro batch {micro} x {world_size} rank(s)" + (
+            f" x accumulation {given}" if given else ""
+        )
         raise ConfigError(
             f"batch.global_batch_size {total} is not {product}{'' if given else ' x a whole number'}; "
             f"{_way_out(total, micro, world_size)}"

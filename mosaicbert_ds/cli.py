@@ -1,0 +1,198 @@
+"""The `mosaicbert` command. Each subcommand calls one function elsewhere.
+
+Rooms are imported when their command runs, so that `--help` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mosaicbert_ds.errors import UserError
+
+_EXIT_USER_ERROR = 2
+_HOW_TO_PRETRAIN = """\
+To pretrain, start the script below with DeepSpeed's launcher:
+  deepspeed mosaicbert_ds/pretrain.py --recipe mosaicbert-base --data SHARDS --out RUN [key=value ...]
+"""
+_SOURCES = "files or folders of .txt, .jsonl or .parquet (.gz .zst .xz .bz2 too), or hf:PATH[:CONFIG]:SPLIT"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _EXIT_USER_ERROR
+    return 0
+
+
+def _train_tokenizer(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.data.tokenizer import train_tokenizer
+
+    print(
+        train_tokenizer(
+            args.sources,
+            args.out,
+            args.vocab_size,
+            lowercase=not args.cased,
+            text_field=args.text_field,
+            on_error=args.on_error,
+        )
+    )
+
+
+def _prepare_data(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.config import load_recipe
+    from mosaicbert_ds.data.prepare import prepare
+
+    recipe = load_recipe(args.recipe, args.set)
+    print(
+        prepare(
+            args.sources,
+            args.out,
+            args.tokenizer,
+            recipe.data,
+            workers=args.workers,
+            held_out_fraction=args.held_out_fraction,
+            held_out_sources=args.held_out_sources,
+            text_field=args.text_field,
+            on_error=args.on_error,
+        )
+    )
+
+
+def _verify_data(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.data.shards import verify
+
+    print(verify(args.folder))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.config import RunConfig
+    from mosaicbert_ds.model.export import export_model
+    from mosaicbert_ds.training.checkpoint import find_checkpoint
+    from mosaicbert_ds.typed_yaml import from_tree
+
+    checkpoint = find_checkpoint(args.source)
+    recipe = from_tree(RunConfig, checkpoint.state["recipe"], str(checkpoint.path / "state.json"))
+    with checkpoint.open("weights") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    export_model(weights, recipe.model, checkpoint.path.parent.parent / "tokenizer", args.out)
+    print(f"{checkpoint.path} exported to {args.out}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.model.import_ import import_published
+
+    import_published(args.source, args.out, trust_pickle=args.trust_pickle)
+    print(f"{args.source} imported to {args.out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mosaicbert",
+        description="MosaicBERT: text in, a pretrained model out.",
+        epilog=_HOW_TO_PRETRAIN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    tokenizer = commands.add_parser("tokenizer", help="train a WordPiece tokenizer on your text")
+    actions = tokenizer.add_subparsers(title="actions", required=True, metavar="ACTION")
+    command = _command(actions, "train", _train_tokenizer, "train a WordPiece tokenizer on your text")
+    _add_sources(command)
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder for the tokenizer"
+    )
+    command.add_argument(
+        "--vocab-size", type=int, default=30528, metavar="N", help="a multiple of 64 (default: %(default)s)"
+    )
+    command.add_argument(
+        "--cased", action="store_true", help="keep case and accents; default is to fold them"
+    )
+
+    data = commands.add_parser("data", help="turn text into shards, and check them")
+    actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
+    command = _command(actions, "prepare", _prepare_data, "tokenise text into shards; run again, it goes on")
+    _add_sources(command)
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    command.add_argument(
+        "--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json"
+    )
+    command.add_argument(
+        "--recipe",
+        default="mosaicbert-base",
+        metavar="NAME|FILE",
+        help="whose data section says how to cut documents (default: %(default)s)",
+    )
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="recipe values, e.g. data.max_length=512 data.documents=chunk",
+    )
+    command.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
+    command.add_argument(
+        "--held-out-fraction",
+        type=float,
+        default=0.005,
+        metavar="F",
+        help="share of documents for evaluation, chosen by hash (default: %(default)s)",
+    )
+    command.add_argument(
+        "--held-out-sources",
+        nargs="+",
+        default=(),
+        metavar="SOURCE",
+        help="evaluate on these documents instead",
+    )
+    command = _command(actions, "verify", _verify_data, "check every shard against its sha256")
+    command.add_argument("folder", type=Path, metavar="DIR")
+
+    command = _command(commands, "export", _export, "write a run's model as a Hugging Face folder")
+    command.add_argument(
+        "source", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints/step-N"
+    )
+    command.add_argument("out", type=Path, metavar="OUT", help="new folder for the model")
+
+    command = _command(commands, "import", _import, "read a published MosaicBERT as a Hugging Face folder")
+    command.add_argument("source", type=Path, metavar="SRC", help="folder with config.json and the weights")
+    command.add_argument("out", type=Path, metavar="OUT", help="new folder for the model")
+    command.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="read pytorch_model.bin; only for a file whose author you trust",
+    )
+    return parser
+
+
+def _command(
+    group: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    text: str,
+) -> argparse.ArgumentParser:
+    command = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_sources(command: argparse.ArgumentParser) -> None:
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help=_SOURCES)
+    command.add_argument(
+        "--text-field", default="text", metavar="NAME", help="of .jsonl and .parquet (default: %(default)s)"
+    )
+    command.add_argument(
+        "--on-error",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="at an empty, damaged or non-UTF-8 file: stop, or count it and go on (default: %(default)s)",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

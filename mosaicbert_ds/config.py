@@ -1,0 +1,124 @@
+"""The recipe of a run: the rooms' own dataclasses composed, read from YAML and dotted overrides."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mosaicbert_ds.data.config import DataConfig, MaskingConfig
+from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.model.build import count_parameters
+from mosaicbert_ds.model.config import VOCAB_MULTIPLE, ModelConfig
+from mosaicbert_ds.training.checkpoint import CheckpointConfig
+from mosaicbert_ds.training.ds_config import EngineConfig
+from mosaicbert_ds.training.loop import EvaluationConfig
+from mosaicbert_ds.training.optimizer import OptimizerConfig, ScheduleConfig
+from mosaicbert_ds.training.plan import BatchConfig, BatchPlan, DurationConfig
+from mosaicbert_ds.training.telemetry import TelemetryConfig
+from mosaicbert_ds.typed_yaml import Tree, from_tree, merge, parse_overrides, read_yaml, recipe_part, to_tree
+
+_RECIPES = Path(__file__).parent / "recipes"
+
+
+@recipe_part
+class RunConfig:
+    """Everything that decides what a run computes. Defaults are MosaicBERT-Base's."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    masking: MaskingConfig = MaskingConfig()
+    batch: BatchConfig = BatchConfig()
+    duration: DurationConfig = DurationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    seed: int = 17
+
+    def __post_init__(self) -> None:
+        longest = self.model.max_position_embeddings
+        if self.model.architecture == "bert" and self.data.max_length > longest:
+            raise ValueError(
+                f"data.max_length {self.data.max_length} is over the {longest} positions that a bert model has; "
+                "lower it or raise model.max_position_embeddings"
+            )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse a tokenizer of `vocab_size` ids that has more than the model has rows."""
+        if vocab_size > self.model.vocab_size:
+            rows = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+            raise ConfigError(
+                f"model.vocab_size {self.model.vocab_size} is less than the tokenizer's {vocab_size}; "
+                f"use model.vocab_size={rows}"
+            )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(to_tree(self), sort_keys=False)
+
+    def with_accumulation(self, steps: int) -> "RunConfig":
+        """The recipe with the accumulation that the batch plan filled in."""
+        batch = dataclasses.replace(self.batch, gradient_accumulation_steps=steps)
+        return dataclasses.replace(self, batch=batch)
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """A shipped recipe by name, or a YAML file by path, with `key=value` overrides laid over it.
+
+    A recipe may say `extends: NAME` and state only what differs. Raises ConfigError naming the file
+    or override, the key, what was given and what is allowed.
+    """
+    tree, source = _read(name, seen=())
+    # Checked before the overrides are laid over it, so that a fault is named where it stands.
+    config = from_tree(RunConfig, tree, source)
+    if not overrides:
+        return config
+    return from_tree(
+        RunConfig, merge(to_tree(config), parse_overrides(overrides)), f"{source} with the overrides"
+    )
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def describe(config: RunConfig, plan: BatchPlan, ds_config: dict[str, Any]) -> str:
+    """What a run of `config` would be, for `--dry-run`: nothing is built and nothing is read but this."""
+    peak, decoupled, total = config.optimizer.peak_lr, config.optimizer.weight_decay, plan.total_samples
+    points = [total * tenth // 9 for tenth in range(10)]
+    rates = "\n".join(
+        f"  {samples:>15,} samples  {peak * config.schedule.lr_factor_at(samples / total):.3e}"
+        for samples in points
+    )
+    return f"""# resolved recipe
+{config.to_yaml()}
+# derived
+parameters: {count_parameters(config.model):,}
+AdamW-equivalent weight decay: {config.optimizer.adamw_weight_decay:g} (decoupled {decoupled:g} / peak {peak:g})
+batch: {plan}
+mask rate: {config.masking.rate_at(0.0):g} at the start, {config.masking.rate_at(1.0):g} at the end
+learning rate:
+{rates}
+
+# DeepSpeed config
+{json.dumps(ds_config, indent=2)}"""
+
+
+def _read(name: str, seen: tuple[str, ...]) -> tuple[Tree, str]:
+    path = _RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(
+                f"recipe '{name}' is unknown; allowed are {', '.join(shipped_recipes())} or a YAML file"
+            )
+    if name in seen:
+        raise ConfigError(f"{path}: recipes extend each other in a circle: {' -> '.join((*seen, name))}")
+    tree = read_yaml(path)
+    base = tree.pop("extends", None)
+    if base is not None:
+        tree = merge(_read(str(base), (*seen, name))[0], tree)
+    return tree, str(path)

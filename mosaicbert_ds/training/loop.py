@@ -1,0 +1,211 @@
+"""The training loop. A step reads top to bottom in `train_step`; everything periodic stands in `fit`."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mosaicbert_ds import dist
+from mosaicbert_ds.errors import TrainingError
+from mosaicbert_ds.training import engine as ds
+from mosaicbert_ds.training.faults import StopRequest
+from mosaicbert_ds.training.meter import Rates, Window, memory
+from mosaicbert_ds.training.optimizer import OptimizerConfig, ScheduleConfig
+from mosaicbert_ds.training.plan import BatchPlan, Count
+from mosaicbert_ds.training.progress import Progress, crosses, step_seed
+from mosaicbert_ds.training.saving import Saver
+from mosaicbert_ds.training.telemetry import Telemetry
+from mosaicbert_ds.typed_yaml import recipe_part
+
+
+@recipe_part
+class EvaluationConfig:
+    """Held-out loss every so many samples, on at most `max_samples` of the val split."""
+
+    every_samples: Count = 14_336_000
+    max_samples: Count = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedules:
+    """What changes over the run, as functions of the part of it that is done, in [0, 1]."""
+
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    mask_rate_at: Callable[[float], float]
+
+    def learning_rate(self, progress: float) -> float:
+        return self.optimizer.peak_lr * self.schedule.lr_factor_at(progress)
+
+
+def train_step(engine: Any, micro_batches: list[Any], lr: float, plan: BatchPlan, seed: int) -> torch.Tensor:
+    """One optimizer step on a global batch, of which `micro_batches` is this rank's share.
+
+    Returns (4,) fp32 on the device: this rank's summed loss and number of correct predictions, the
+    global batch's number of masked tokens, the gradient norm. Never waits for the device.
+    """
+    torch.manual_seed(seed)
+    ds.set_learning_rate(engine, lr)
+    num_masked = torch.full((), float(sum(batch.num_masked for batch in micro_batches)), device=dist.device())
+    # The exact mean over the global batch: the engine divides by accumulation and averages over ranks.
+    num_masked = dist.sum_over_ranks(num_masked).clamp(min=1)
+    scale = plan.gradient_accumulation_steps * plan.world_size / num_masked
+    loss_sum, num_correct = torch.zeros((2,), device=dist.device())
+    for batch in micro_batches:
+        sums = engine(**model_inputs(batch))
+        engine.backward(sums.loss_sum * scale)
+        engine.step()  # updates the weights after the last micro batch only
+        loss_sum += sums.loss_sum.detach()
+        num_correct += sums.num_correct
+    grad_norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32).to(dist.device())
+    return torch.stack([loss_sum, num_correct, num_masked, grad_norm])
+
+
+@torch.no_grad()
+def evaluate(engine: Any, batches: Iterable[Any]) -> dict[str, float]:
+    """Held-out loss (nats a masked token), perplexity and accuracy over all ranks' `batches`."""
+    engine.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=dist.device())
+    for batch in batches:
+        sums = engine(**model_inputs(batch))
+        totals += torch.stack(
+            [sums.loss_sum.double(), sums.num_correct.double(), totals.new_tensor(batch.num_masked)]
+        )
+    engine.train()
+    loss_sum, num_correct, num_masked = dist.sum_over_ranks(totals).tolist()
+    loss = loss_sum / max(num_masked, 1)
+    return {
+        "evaluation/loss": loss,
+        "evaluation/perplexity": math.exp(min(loss, 100.0)),
+        "evaluation/masked_accuracy": num_correct / max(num_masked, 1),
+    }
+
+
+def fit(
+    engine: Any,
+    *,
+    progress: Progress,
+    plan: BatchPlan,
+    schedules: Schedules,
+    batches: Iterator[list[Any]],
+    evaluation: EvaluationConfig,
+    evaluation_batches: Callable[[], Iterable[Any]],
+    unigram_entropy: float,
+    saver: Saver,
+    telemetry: Telemetry | None,
+    log_every_steps: int,
+    rates: Rates,
+    stop: StopRequest,
+    seed: int,
+) -> bool:
+    """Train from `progress` to the end of `plan`. Returns False if it was asked to stop before.
+
+    telemetry: on the main rank only. Raises TrainingError when the loss is no longer finite.
+    """
+    pending: list[tuple[int, int, torch.Tensor]] = []  # of each step since the last flush
+    window, started_s, elapsed_before_s = Window(), time.perf_counter(), progress.elapsed_s
+
+    while progress.samples_seen < plan.total_samples:
+        # -- fetch
+        waited_from_s = time.perf_counter()
+        micro_batches = [batch.to(dist.device()) for batch in next(batches)]
+        window.data_wait_s += time.perf_counter() - waited_from_s
+
+        # -- forward, backward, step
+        before, after = progress.samples_seen, progress.samples_seen + plan.global_batch_size
+        lr = schedules.learning_rate(after / plan.total_samples)
+        stats = train_step(engine, micro_batches, lr, plan, step_seed(seed, before, dist.rank()))
+        progress.step, progress.samples_seen = progress.step + 1, after
+        pending.append((after, sum(batch.num_tokens for batch in micro_batches), stats))
+        window.steps += 1
+
+        # -- once in a while
+        is_last = after >= plan.total_samples
+        save_is_due = is_last or saver.is_due(before, after)
+        evaluation_is_due = is_last or crosses(before, after, evaluation.every_samples)
+        if not (save_is_due or evaluation_is_due or progress.step % log_every_steps == 0):
+            continue
+        stopping = _flush(pending, window, progress, plan, schedules, rates, telemetry, bool(stop))
+        if evaluation_is_due:
+            values = evaluate(engine, evaluation_batches())
+            if telemetry:
+                telemetry.scalars(after, values | {"evaluation/unigram_entropy": unigram_entropy})
+                telemetry.say(
+                    f"evaluation at {after:,} samples: loss {values['evaluation/loss']:.4f} "
+                    f"(unigram entropy {unigram_entropy:.4f}), accuracy {values['evaluation/masked_accuracy']:.3f}"
+                )
+        progress.elapsed_s = elapsed_before_s + time.perf_counter() - started_s
+        if telemetry and (dollars := rates.dollars(progress.elapsed_s)) is not None:
+            telemetry.scalars(after, {"cost/dollars": dollars, "cost/hours": progress.elapsed_s / 3600})
+        if save_is_due or stopping:
+            saver.save(engine, progress, before, last=is_last)
+        if stopping and not is_last:
+            return False
+        window.restart()  # evaluation and the copy to the host are no part of the step's speed
+    return True
+
+
+def _flush(
+    pending: list[tuple[int, int, torch.Tensor]],
+    window: Window,
+    progress: Progress,
+    plan: BatchPlan,
+    schedules: Schedules,
+    rates: Rates,
+    telemetry: Telemetry | None,
+    asked_to_stop: bool,
+) -> bool:
+    """Fetch the steps' numbers from the device, sum them over ranks, log them, empty `pending`.
+
+    Returns whether any rank was asked to stop. The only place where training waits for the device.
+    """
+    stats = torch.stack([stats for _, _, stats in pending]).double()  # (steps, 4)
+    tokens = torch.tensor([tokens for _, tokens, _ in pending], device=stats.device)
+    flag = torch.tensor([asked_to_stop], device=stats.device)
+    sums = dist.sum_over_ranks(torch.cat([stats[:, 0], stats[:, 1], tokens, flag]))  # (3 x steps + 1,)
+    loss_sums, num_correct, tokens_seen = sums[:-1].view(3, -1).tolist()
+    num_masked, grad_norms = stats[:, 2:].T.tolist()
+    steps = [samples for samples, _, _ in pending]
+    for index, samples_seen in enumerate(steps):
+        loss = loss_sums[index] / num_masked[index]
+        if not math.isfinite(loss) or not math.isfinite(grad_norms[index]):
+            raise TrainingError(
+                f"step {samples_seen // plan.global_batch_size}: loss {loss}, gradient norm {grad_norms[index]}; "
+                "the run stops here and its last checkpoint is whole; lower optimizer.peak_lr or look at the data"
+            )
+        if telemetry:
+            values = {
+                "train/loss": loss,
+                "train/masked_accuracy": num_correct[index] / num_masked[index],
+                "train/grad_norm": grad_norms[index],
+                "schedule/learning_rate": schedules.learning_rate(samples_seen / plan.total_samples),
+                "schedule/mask_rate": schedules.mask_rate_at(
+                    (samples_seen - plan.global_batch_size) / plan.total_samples
+                ),
+            }
+            if samples_seen == steps[-1]:
+                values |= (
+                    window.speed(rates, len(pending) * plan.global_batch_size, int(sum(tokens_seen)))
+                    | memory()
+                )
+                telemetry.scalars(samples_seen, values)
+                telemetry.show_progress(samples_seen, values)
+            else:
+                telemetry.scalars(samples_seen, values)
+    progress.tokens_seen += int(sum(tokens_seen))
+    pending.clear()
+    return bool(sums[-1] > 0)
+
+
+def model_inputs(batch: Any) -> dict[str, Any]:
+    """The unpadded call that every pretraining model answers."""
+    return {
+        "input_ids": batch.input_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "max_seqlen": batch.max_seqlen,
+        "masked_positions": batch.masked_positions,
+        "labels": batch.labels,
+    }

@@ -1,0 +1,33 @@
+"""What survives a restart, beside weights and moments: how far the run has come.
+
+There is no random state in it: the order of samples, the masks and the dropout of a step are pure
+functions of the seed and the samples seen.
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class Progress:
+    """Counted in samples seen over all ranks; `elapsed_s` is wall-clock time of training so far."""
+
+    step: int = 0
+    samples_seen: int = 0
+    tokens_seen: int = 0
+    elapsed_s: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def crosses(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return before // every != after // every
+
+
+def step_seed(seed: int, samples_seen: int, rank: int) -> int:
+    """Seed of the dropout of one step on one rank (63 bits, as torch.manual_seed takes)."""
+    # Odd multipliers of splitmix64 and its kin: neighbouring steps and ranks land far apart.
+    mixed = seed * 0x9E3779B97F4A7C15 + samples_seen * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB
+    return (mixed ^ (mixed >> 31)) & 0x7FFF_FFFF_FFFF_FFFF

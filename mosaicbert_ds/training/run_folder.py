@@ -1,0 +1,81 @@
+"""The run's folder is the record of the run: what was asked, on what, with which code.
+
+RUN/recipe.yaml  ds_config.json     resolved, of the newest start
+RUN/launches.jsonl                  one line a start: time, command, commit, versions, hardware
+RUN/tokenizer/                      a copy, so that the folder can be exported alone
+RUN/metrics.jsonl  tensorboard/  checkpoints/
+"""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mosaicbert_ds import dist
+from mosaicbert_ds.errors import ConfigError
+
+_PACKAGES = ("mosaicbert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy")
+
+
+def open_run_folder(run: Path, recipe_yaml: str, ds_config: dict[str, Any], tokenizer: Path) -> None:
+    """Make the folder and write down what this start is. Raises ConfigError if it cannot be written."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+        (run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+        shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
+        with (run / "launches.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_this_launch()) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"--out {run} cannot be written: {error.strerror or error}; give another folder"
+        ) from None
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages whose numbers a run depends on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _this_launch() -> dict[str, Any]:
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "arguments": sys.argv[1:],
+        "commit": _commit(),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
+        "world_size": dist.world_size(),
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with `+changes` where files differ from it; None outside a checkout."""
+    package = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(package)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout
+        status = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + ("+changes" if status.strip() else "")

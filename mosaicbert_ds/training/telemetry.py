@@ -1,0 +1,139 @@
+"""Where a run's numbers go: TensorBoard, `metrics.jsonl`, and the terminal. Main rank only.
+
+The x axis of TensorBoard is samples seen, so that runs of different batch sizes lie over each other.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mosaicbert_ds.training.plan import BatchPlan, Count
+from mosaicbert_ds.typed_yaml import recipe_part
+
+# What the Custom Scalars page shows, in this order.
+_DASHBOARD = {
+    "Learning": {
+        "loss (training at its mask rate, evaluation at 15 %, unigram entropy)": [
+            "Multiline",
+            ["train/loss", "evaluation/loss", "evaluation/unigram_entropy"],
+        ],
+        "masked accuracy": ["Multiline", ["train/masked_accuracy", "evaluation/masked_accuracy"]],
+        "evaluation perplexity": ["Multiline", ["evaluation/perplexity"]],
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+    },
+    "Speed and cost": {
+        "samples/s": ["Multiline", ["speed/samples_per_s"]],
+        "tokens/s": ["Multiline", ["speed/tokens_per_s_real", "speed/tokens_per_s_padded"]],
+        "MFU": ["Multiline", ["speed/mfu_real", "speed/mfu_padded"]],
+        "dollars so far": ["Multiline", ["cost/dollars"]],
+        "waiting for data, share of time": ["Multiline", ["data/wait_share"]],
+    },
+    "Schedule": {
+        "learning rate": ["Multiline", ["schedule/learning_rate"]],
+        "mask rate": ["Multiline", ["schedule/mask_rate"]],
+        "padding share": ["Multiline", ["data/padding_share"]],
+        "memory, GiB": ["Multiline", [r"memory/.*"]],
+    },
+}
+
+
+@recipe_part
+class TelemetryConfig:
+    """`usd_per_gpu_hour`: price of one rank for one hour; null leaves dollars out."""
+
+    log_every_steps: Count = 10
+    usd_per_gpu_hour: Annotated[float, Field(ge=0)] | None = 2.50
+
+
+class Telemetry:
+    """Writes scalars and tells the person at the terminal. `resumed_at`: samples seen at the start."""
+
+    def __init__(self, folder: Path, plan: BatchPlan, recipe_text: str, resumed_at: int) -> None:
+        self._plan = plan
+        self._resumed_at = resumed_at
+        self._started_s = time.perf_counter()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = _open_after(folder / "metrics.jsonl", resumed_at)
+        # purge_step hides what an interrupted run wrote beyond the step that this one goes on from.
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=resumed_at + 1 if resumed_at else None)
+        self._board.add_custom_scalars(_DASHBOARD)
+        self._board.add_text(
+            "recipe", "\n".join("    " + line for line in recipe_text.splitlines()), resumed_at
+        )
+        self._bar = tqdm(
+            total=plan.total_steps,
+            initial=resumed_at // plan.global_batch_size,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def scalars(self, samples_seen: int, values: dict[str, float]) -> None:
+        """Write `values` at the point `samples_seen` of the run, to TensorBoard and metrics.jsonl."""
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, samples_seen)
+        step = samples_seen // self._plan.global_batch_size
+        self._lines.write(json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n")
+
+    def show_progress(self, samples_seen: int, values: dict[str, float]) -> None:
+        """One look at the run: the bar's end, or a plain line where there is no terminal."""
+        step, total = samples_seen // self._plan.global_batch_size, self._plan.total_steps
+        facts = (
+            f"loss {values['train/loss']:.4f}  accuracy {values['train/masked_accuracy']:.3f}  "
+            f"lr {values['schedule/learning_rate']:.2e}  {values['speed/samples_per_s']:,.0f} samples/s"
+        )
+        if "speed/mfu_real" in values:
+            facts += f"  MFU {values['speed/mfu_real']:.1%}"
+        self._bar.set_postfix_str(facts, refresh=False)
+        self._bar.update(step - self._bar.n)
+        if self._bar.disable:
+            self.say(f"step {step:,}/{total:,}  {facts}  ETA {_clock(self._remaining_s(samples_seen))}")
+        self.flush()
+
+    def say(self, line: str) -> None:
+        """A line for people; the progress bar stays below it."""
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def flush(self) -> None:
+        self._lines.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        self._board.close()
+        self._lines.close()
+
+    def _remaining_s(self, samples_seen: int) -> float:
+        done = max(samples_seen - self._resumed_at, 1)
+        return (time.perf_counter() - self._started_s) * (self._plan.total_samples - samples_seen) / done
+
+
+def _open_after(path: Path, samples_seen: int) -> Any:
+    """Open metrics.jsonl for appending, without the lines past `samples_seen`: an interrupted run
+    wrote them after its last checkpoint, and they will be written again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        path.write_text(
+            "".join(line + "\n" for line in lines if _is_before(line, samples_seen)), encoding="utf-8"
+        )
+    return path.open("a", encoding="utf-8")
+
+
+def _is_before(line: str, samples_seen: int) -> bool:
+    try:
+        return json.loads(line)["samples_seen"] <= samples_seen
+    except (json.JSONDecodeError, KeyError):  # the half line that a killed run wrote last
+        return False
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
