@@ -28,7 +28,8 @@ def to_hf_config(config: ModelConfig) -> MosaicBertConfig | BertConfig:
     }
     if config.architecture == "mosaicbert":
         return MosaicBertConfig(**facts)
-    return BertConfig(**facts, max_position_embeddings=config.max_position_embeddings)
+    # No cache: an encoder has none, and with checkpointing transformers would warn about it in each step.
+    return BertConfig(**facts, max_position_embeddings=config.max_position_embeddings, use_cache=False)
 
 
 def build_pretraining_model(config: ModelConfig) -> PreTrainedModel:

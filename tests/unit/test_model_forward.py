@@ -290,10 +290,34 @@ def test_a_bf16_model_stays_near_the_fp32_one():
     assert rounded.bert.encoder.layer[0].mlp.layernorm.weight.grad.dtype == torch.bfloat16
 
 
-def test_the_pretraining_step_compiles_without_a_graph_break():
-    model, batch = tiny_model().eval(), unpadded_batch()
+# fullgraph: a place that reads a value from the device, or branches on one, would be an error
+@pytest.mark.parametrize(
+    ("architecture", "checkpointing"), [("mosaicbert", False), ("mosaicbert", True), ("bert", False)]
+)
+def test_the_pretraining_step_compiles_without_a_graph_break(architecture, checkpointing):
+    model = tiny_model(architecture=architecture, activation_checkpointing=checkpointing, hidden_dropout=0.0)
+    batch = unpadded_batch()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch), model(**batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("architecture", ["mosaicbert", "bert"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_never_waits_for_the_gpu(architecture, checkpointing):
+    model = tiny_model(architecture=architecture, activation_checkpointing=checkpointing)
+    model.cuda().bfloat16()
+    batch = {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in unpadded_batch(trailing=5).items()
+    }
+    model(**batch).loss_sum.backward()  # the first step loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**batch).loss_sum.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_classifier_reads_the_first_token_of_each_sequence():
