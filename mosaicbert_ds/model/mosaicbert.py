@@ -3,8 +3,9 @@
 Every model has two faces. The padded one is what users of `transformers` know: `input_ids (batch, length)`
 and an `attention_mask`. The unpadded one trains: `input_ids (tokens,)`, all sequences one behind the other,
 with `cu_seqlens (sequences + 1,)` int32 marking where each begins; rows behind `cu_seqlens[-1]` belong to
-no sequence and only round up the shape. Inside there are only unpadded rows, so padding costs nothing and
-position is what ALiBi sees: the distance between two tokens of a sequence. There is no longest length.
+no sequence and only round up the shape. Inside there is one layout, the unpadded one: a padded batch is
+reordered once at the door, its padding behind the last sequence. Position is what ALiBi sees, the distance
+between two tokens of a sequence, so no length is the longest.
 
 Parameters carry the names of the published checkpoints. Each is used inside the forward of the module that
 owns it, because ZeRO-3 gathers a module's parameters when that module is called.
