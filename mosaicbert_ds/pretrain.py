@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         "versions": versions(),
         "world_size": plan.world_size,
     }
-    checkpoint, notes = None, []
+    checkpoint, notes = None, list[str]()
     if dist.is_main():
         checkpoint, notes = saving.choose_checkpoint(args.resume, args.out / "checkpoints")
         if checkpoint:
@@ -139,7 +139,6 @@ def main(argv: list[str] | None = None) -> int:
         saver.wait()
         if telemetry:
             telemetry.close()
-        dist.leave()
     if not finished and dist.is_main():
         print(
             f"stopped on request at step {progress.step:,}; the same command goes on from there", flush=True
@@ -180,6 +179,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         code = main()
+        dist.leave()
     except UserError as error:
         # Most mistakes are every rank's; the main one tells, and its end stops the others. A rank that
         # alone sees something (its own disk) gets to say it after a moment.

@@ -208,7 +208,7 @@ def _safetensors_bytes(named: dict[str, torch.Tensor]) -> Iterator[Any]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for tensor in named.values():
-        yield memoryview(tensor.contiguous().numpy()).cast("B")
+        yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write(path: Path, pieces: Iterable[Any]) -> dict[str, Any]:

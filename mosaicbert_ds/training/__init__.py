@@ -1,0 +1,1 @@
+"""The engine and the loop around it: plan, optimizer, DeepSpeed, checkpoints, telemetry."""
