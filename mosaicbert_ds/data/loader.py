@@ -116,7 +116,7 @@ def evaluation_batches(
     (num_samples 0, num_masked 0), which adds nothing to sums of losses and counts.
     """
     shards.check_tokenizer(tokenizer)
-    count = min(shards.num_samples, max_samples or shards.num_samples)
+    count = shards.num_samples if max_samples is None else min(max_samples, shards.num_samples)
     _, indices = samples_at(seed, shards.num_samples, 0, count)
 
     def make(start: int) -> Batch:
