@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Set up .venv and run the checks: format, lint, types, floors, tests. Arguments go to pytest, e.g.
+#   bash launch/test.sh -m slow
+set -euo pipefail
+cd "$(dirname "$0")/.."
+EXTRAS="[dev,gpu]" source launch/setup.sh
+
+ruff format --check .
+ruff check .
+mypy
+lint-imports --no-cache >/tmp/lint-imports.$$ 2>&1 || { cat /tmp/lint-imports.$$; exit 1; }
+rm -f /tmp/lint-imports.$$
+python -m pytest "$@"
