@@ -3,9 +3,10 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
 from mosaicbert_ds.data.config import DataConfig, MaskingConfig
 from mosaicbert_ds.errors import ConfigError
@@ -17,7 +18,7 @@ from mosaicbert_ds.training.loop import EvaluationConfig
 from mosaicbert_ds.training.optimizer import OptimizerConfig, ScheduleConfig
 from mosaicbert_ds.training.plan import BatchConfig, BatchPlan, DurationConfig
 from mosaicbert_ds.training.telemetry import TelemetryConfig
-from mosaicbert_ds.typed_yaml import Tree, from_tree, merge, parse_overrides, read_yaml, recipe_part, to_tree
+from mosaicbert_ds.typed_yaml import from_tree, merge, parse_overrides, read_yaml, recipe_part, to_tree
 
 _RECIPES = Path(__file__).parent / "recipes"
 
@@ -37,14 +38,14 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
-    seed: int = 17
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 17  # what every generator takes
 
     def __post_init__(self) -> None:
         longest = self.model.max_position_embeddings
         if self.model.architecture == "bert" and self.data.max_length > longest:
             raise ValueError(
-                f"data.max_length {self.data.max_length} is over the {longest} positions that a bert model has; "
-                "lower it or raise model.max_position_embeddings"
+                f"data.max_length {self.data.max_length} is over the {longest} positions that a bert model "
+                "has; lower it or raise model.max_position_embeddings"
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -71,14 +72,12 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     A recipe may say `extends: NAME` and state only what differs. Raises ConfigError naming the file
     or override, the key, what was given and what is allowed.
     """
-    tree, source = _read(name, seen=())
-    # Checked before the overrides are laid over it, so that a fault is named where it stands.
-    config = from_tree(RunConfig, tree, source)
+    path = _find(name)
+    config = _read(path)
     if not overrides:
         return config
-    return from_tree(
-        RunConfig, merge(to_tree(config), parse_overrides(overrides)), f"{source} with the overrides"
-    )
+    source = f"{path} with {' '.join(overrides)}"
+    return from_tree(RunConfig, merge(to_tree(config), parse_overrides(overrides)), source)
 
 
 def shipped_recipes() -> list[str]:
@@ -87,7 +86,8 @@ def shipped_recipes() -> list[str]:
 
 def describe(config: RunConfig, plan: BatchPlan, ds_config: dict[str, Any]) -> str:
     """What a run of `config` would be, for `--dry-run`: nothing is built and nothing is read but this."""
-    peak, decoupled, total = config.optimizer.peak_lr, config.optimizer.weight_decay, plan.total_samples
+    peak, total = config.optimizer.peak_lr, plan.total_samples
+    decay = f"{config.optimizer.adamw_weight_decay:g} (decoupled {config.optimizer.weight_decay:g})"
     points = [total * tenth // 9 for tenth in range(10)]
     rates = "\n".join(
         f"  {samples:>15,} samples  {peak * config.schedule.lr_factor_at(samples / total):.3e}"
@@ -97,7 +97,7 @@ def describe(config: RunConfig, plan: BatchPlan, ds_config: dict[str, Any]) -> s
 {config.to_yaml()}
 # derived
 parameters: {count_parameters(config.model):,}
-AdamW-equivalent weight decay: {config.optimizer.adamw_weight_decay:g} (decoupled {decoupled:g} / peak {peak:g})
+AdamW-equivalent weight decay: {decay}
 batch: {plan}
 mask rate: {config.masking.rate_at(0.0):g} at the start, {config.masking.rate_at(1.0):g} at the end
 learning rate:
@@ -107,18 +107,27 @@ learning rate:
 {json.dumps(ds_config, indent=2)}"""
 
 
-def _read(name: str, seen: tuple[str, ...]) -> tuple[Tree, str]:
-    path = _RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(
-                f"recipe '{name}' is unknown; allowed are {', '.join(shipped_recipes())} or a YAML file"
-            )
-    if name in seen:
-        raise ConfigError(f"{path}: recipes extend each other in a circle: {' -> '.join((*seen, name))}")
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> RunConfig:
+    """The recipe in `path`. Each file is checked before the next is laid over it, so that a fault is
+    named where it stands. `seen`: the files that extend this one."""
     tree = read_yaml(path)
-    base = tree.pop("extends", None)
-    if base is not None:
-        tree = merge(_read(str(base), (*seen, name))[0], tree)
-    return tree, str(path)
+    if "extends" in tree:
+        base, chain = tree.pop("extends"), (*seen, path.resolve())
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: extends is {base}; allowed is the name or file of a recipe")
+        below = _find(base, beside=path)
+        if below.resolve() in chain:
+            circle = " -> ".join(str(file) for file in (*chain, below.resolve()))
+            raise ConfigError(f"{path}: recipes extend each other in a circle: {circle}")
+        tree = merge(to_tree(_read(below, chain)), tree)
+    return from_tree(RunConfig, tree, str(path))
+
+
+def _find(name: str, beside: Path | None = None) -> Path:
+    """The file of recipe `name`; a path is relative to the recipe that extends it, if there is one."""
+    shipped, given = _RECIPES / f"{name}.yaml", (beside.parent if beside else Path()) / name
+    for path in (shipped, given):
+        if path.is_file():
+            return path
+    said = f"{beside}: extends " if beside else "recipe "
+    raise ConfigError(f"{said}'{name}' is unknown; allowed are {', '.join(shipped_recipes())} or a YAML file")

@@ -4,8 +4,7 @@
     class ScheduleConfig:
         warmup: Annotated[float, Field(ge=0, le=1)] = 0.06
 
-    tree = read_yaml(path)
-    apply_overrides(tree, ["schedule.warmup=0.1"])
+    tree = merge(read_yaml(path), parse_overrides(["warmup=0.1"]))
     config = from_tree(ScheduleConfig, tree, source="my.yaml")
 
 Types, bounds and unknown keys are checked by pydantic in strict mode: the string "3" is no number,
@@ -14,12 +13,13 @@ true is no number, and a key that no dataclass owns is refused with its nearest 
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -40,38 +40,74 @@ def recipe_part(cls: type[T]) -> type[T]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with two mends: `5e-4` is a number (YAML 1.1 wants `5.0e-4`), a repeated key is an error."""
+    """The YAML that recipes need, without the surprises of YAML 1.1.
+
+    `5e-4` is a number; `010`, `1:30`, `yes`, dates and digits of other scripts are text. A repeated key,
+    a key that is no text, and an alias are errors.
+    """
+
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ConfigError(f"{_place(self.peek_event())}: an alias; write the value out, or use extends")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise ConfigError(f"{_place(key_node)}: key {key} is no text; keys are names")
             if key in seen:
                 raise ConfigError(f"{_place(key_node)}: key '{key}' is given twice; remove one of them")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d[\d_]*)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
+_Loader.yaml_implicit_resolvers = {}  # instead of SafeLoader's
+for _type, _pattern, _first in (
+    ("null", r"~|null|", ["~", "n", ""]),
+    ("bool", r"true|false", list("tf")),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|[-+]?\.inf|\.nan",
+        list("-+0123456789."),
+    ),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_type}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
-def _place(node: yaml.Node) -> str:
-    return f"{node.start_mark.name}:{node.start_mark.line + 1}"
+def _place(at: Any) -> str:
+    """Where a YAML node or event stands: file or override, and line."""
+    return f"{at.start_mark.name}:{at.start_mark.line + 1}"
+
+
+def _load(text: str, name: str) -> Any:
+    """Parse `text`. Raises ConfigError that names `name`."""
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def read_yaml(path: Path) -> Tree:
     """Read a YAML mapping. Raises ConfigError for a missing file, bad syntax or a repeated key."""
     try:
-        with path.open(encoding="utf-8") as file:
-            tree = yaml.load(file, _Loader)  # _Loader is a SafeLoader
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}; give the path of a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    tree = _load(text, str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of keys to values")
     return tree
@@ -95,10 +131,7 @@ def parse_overrides(overrides: Iterable[str]) -> Tree:
             raise ConfigError(
                 f"override '{text}' is not of the form key=value, such as optimizer.peak_lr=5e-4"
             )
-        try:
-            leaf = yaml.load(value, _Loader)
-        except yaml.YAMLError:
-            raise ConfigError(f"override '{text}': the value is not valid YAML; quote it") from None
+        leaf = _load(value, f"override '{text}'")
         for part in reversed(key.split(".")):
             leaf = {part: leaf}
         tree = merge(tree, leaf)
@@ -112,10 +145,15 @@ def from_tree(cls: type[T], tree: Tree, source: str) -> T:
     several faults, one a line.
     """
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(tree), strict=True)
+        return _adapter(cls).validate_json(json.dumps(tree), strict=True)  # type: ignore[arg-type]
     except ValidationError as error:
         faults = [_explain(cls, fault, source) for fault in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(faults))) from None
+
+
+@functools.cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def to_tree(config: Any) -> Tree:

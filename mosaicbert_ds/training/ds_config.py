@@ -7,13 +7,13 @@ that is not known here, is refused: DeepSpeed itself accepts a misspelt top-leve
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.training.plan import BatchPlan
-from mosaicbert_ds.typed_yaml import recipe_part
+from mosaicbert_ds.typed_yaml import from_tree, recipe_part
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _FOLDERS = (_PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")  # a checkout; an installed wheel
@@ -23,16 +23,6 @@ _REQUIRED_KEYS = {
     "data_types": 'state {"grad_accum_dtype": "fp32"}: DeepSpeed accumulates in bf16 when silent',
     "gradient_clipping": "state 0.0 for none: DeepSpeed clips at 1.0 when silent",
     "zero_optimization": 'state {"stage": 0} for none',
-}
-_OPTIONAL_KEYS = {
-    "communication_data_type",
-    "comms_logger",
-    "flops_profiler",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "wall_clock_breakdown",
-    "zero_force_ds_cpu_optimizer",
 }
 _RECIPE_KEYS = {
     "train_batch_size": "batch.global_batch_size",
@@ -53,33 +43,51 @@ class EngineConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
 
 
+@recipe_part
+class Bf16:
+    """DeepSpeed's other keys of this block give up the fp32 master weights that a checkpoint holds."""
+
+    enabled: bool
+    check_grad_overflow: bool = True
+
+
+@recipe_part
+class DataTypes:
+    grad_accum_dtype: Literal["fp32", "bf16"]
+
+
+@recipe_part
+class DeepSpeedJson:
+    """The keys that a file of ds_configs/ may have; `zero_optimization` is checked by DeepSpeed itself."""
+
+    bf16: Bf16
+    data_types: DataTypes
+    gradient_clipping: Annotated[float, Field(ge=0)]
+    zero_optimization: dict[str, Any]
+    communication_data_type: Literal["fp32", "bf16"] | None = None
+    gradient_predivide_factor: Annotated[float, Field(gt=0)] = 1.0
+    memory_breakdown: bool = False
+    prescale_gradients: bool = False
+    wall_clock_breakdown: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
+
+
 def read_ds_config(config: EngineConfig) -> dict[str, Any]:
     """Find, read and check the JSON that `config.deepspeed` names. Raises ConfigError."""
     path = _find(config.deepspeed)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        tree = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, not an object")
-    for key in tree:
-        if key in _RECIPE_KEYS:
-            raise ConfigError(f"{path}: '{key}' belongs to the recipe; set {_RECIPE_KEYS[key]} there")
-        if key not in _REQUIRED_KEYS and key not in _OPTIONAL_KEYS:
-            allowed = ", ".join(sorted({*_REQUIRED_KEYS, *_OPTIONAL_KEYS}))
-            raise ConfigError(f"{path}: unknown key '{key}'; allowed are {allowed}")
+    for key, owner in _RECIPE_KEYS.items():
+        if key in tree:
+            raise ConfigError(f"{path}: '{key}' belongs to the recipe; set {owner} there")
     for key, reason in _REQUIRED_KEYS.items():
         if key not in tree:
             raise ConfigError(f"{path}: key '{key}' is missing; {reason}")
-    clipping = tree["gradient_clipping"]
-    if (
-        isinstance(clipping, bool)
-        or not isinstance(clipping, (int, float))
-        or not 0 <= clipping < float("inf")
-    ):
-        raise ConfigError(
-            f"{path}: gradient_clipping is {clipping!r}; allowed is a number >= 0, 0.0 for none"
-        )
+    from_tree(DeepSpeedJson, tree, str(path))
     _check_zero(tree["zero_optimization"], path)
     return tree
 
@@ -95,7 +103,7 @@ def resolve_ds_config(tree: dict[str, Any], config: EngineConfig, plan: BatchPla
     if config.precision == "fp32" or zero_stage(tree) == 0:
         resolved["bf16"] = {"enabled": False}
         resolved["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif not tree["bf16"].get("enabled"):
+    elif not tree["bf16"]["enabled"]:
         raise ConfigError(
             f"engine.precision is bf16 but {config.deepspeed} says bf16.enabled false; change one"
         )
@@ -107,7 +115,7 @@ def resolve_ds_config(tree: dict[str, Any], config: EngineConfig, plan: BatchPla
 
 
 def zero_stage(tree: dict[str, Any]) -> int:
-    return tree["zero_optimization"].get("stage", 0)
+    return tree["zero_optimization"]["stage"]
 
 
 def _find(name: str) -> Path:
@@ -121,15 +129,26 @@ def _find(name: str) -> Path:
     )
 
 
-def _check_zero(block: Any, path: Path) -> None:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"key '{name}' is given twice; remove one of them")
+    return dict(pairs)
+
+
+def _check_zero(block: dict[str, Any], path: Path) -> None:
+    if type(block.get("stage")) is not int:
+        given = json.dumps(block.get("stage"))
+        raise ConfigError(f"{path}: zero_optimization.stage is {given}; allowed are 0, 1, 2 and 3")
     # Imported late: a recipe can be read and a plan made on a machine without DeepSpeed's 2 s start.
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     try:
         DeepSpeedZeroConfig(**block)
-    except (ValidationError, TypeError) as error:
-        faults = (
-            error.errors() if isinstance(error, ValidationError) else [{"loc": (), "msg": "is no object"}]
-        )
-        key = ".".join(str(part) for part in ("zero_optimization", *faults[0]["loc"]))
-        raise ConfigError(f"{path}: {key}: {faults[0]['msg']}") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in ("zero_optimization", *fault["loc"]))
+        raise ConfigError(
+            f"{path}: {key} is {json.dumps(fault['input'])}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
+        ) from None

@@ -135,7 +135,8 @@ def fit(
                 telemetry.scalars(after, values | {"evaluation/unigram_entropy": unigram_entropy})
                 telemetry.say(
                     f"evaluation at {after:,} samples: loss {values['evaluation/loss']:.4f} "
-                    f"(unigram entropy {unigram_entropy:.4f}), accuracy {values['evaluation/masked_accuracy']:.3f}"
+                    f"(unigram entropy {unigram_entropy:.4f}), "
+                    f"accuracy {values['evaluation/masked_accuracy']:.3f}"
                 )
         progress.elapsed_s = elapsed_before_s + time.perf_counter() - started_s
         if telemetry and (dollars := rates.dollars(progress.elapsed_s)) is not None:
@@ -173,8 +174,9 @@ def _flush(
         loss = loss_sums[index] / num_masked[index]
         if not math.isfinite(loss) or not math.isfinite(grad_norms[index]):
             raise TrainingError(
-                f"step {samples_seen // plan.global_batch_size}: loss {loss}, gradient norm {grad_norms[index]}; "
-                "the run stops here and its last checkpoint is whole; lower optimizer.peak_lr or look at the data"
+                f"step {samples_seen // plan.global_batch_size}: loss {loss}, gradient norm "
+                f"{grad_norms[index]}; the run stops here and its last checkpoint is whole; "
+                "lower optimizer.peak_lr or look at the data"
             )
         if telemetry:
             values = {

@@ -24,10 +24,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig:
     """AdamW on all parameters; `weight_decay` is the decoupled value, see above."""
 
-    peak_lr: Annotated[float, Field(gt=0)] = 5e-4
+    peak_lr: Annotated[float, Field(gt=0, le=1)] = 5e-4
     betas: tuple[Beta, Beta] = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-6
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    weight_decay: Fraction = 1e-5
 
     @property
     def adamw_weight_decay(self) -> float:

@@ -14,16 +14,19 @@ from pydantic import Field
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.typed_yaml import recipe_part
 
-Count = Annotated[int, Field(ge=1)]
+# Progress is a quotient of two counts, and floats count without gaps up to here.
+Count = Annotated[int, Field(ge=1, le=1 << 53)]
+# 4 M samples of 128 tokens: far beyond any batch that still learns.
+BatchSize = Annotated[int, Field(ge=1, le=1 << 22)]
 
 
 @recipe_part
 class BatchConfig:
     """Sizes in samples. `gradient_accumulation_steps` is filled in when it is null."""
 
-    global_batch_size: Count = 4096
-    micro_batch_size: Count = 128
-    gradient_accumulation_steps: Count | None = None
+    global_batch_size: BatchSize = 4096
+    micro_batch_size: BatchSize = 128
+    gradient_accumulation_steps: BatchSize | None = None
 
 
 @recipe_part
@@ -56,22 +59,23 @@ class BatchPlan:
 
 
 def plan_batches(batch: BatchConfig, duration: DurationConfig, world_size: int) -> BatchPlan:
-    """Fill in the accumulation and check that all sizes meet. Raises ConfigError."""
+    """Fill in the accumulation and check that all sizes meet.
+
+    Raises ConfigError with the overrides that make them meet.
+    """
+    if world_size < 1:
+        raise ConfigError(f"the number of ranks is {world_size}; allowed is 1 or more")
     total, micro, given = batch.global_batch_size, batch.micro_batch_size, batch.gradient_accumulation_steps
     accumulation = given or total // (micro * world_size)
     if micro * accumulation * world_size != total:
-        product = f"micro batch {micro} x {world_size} rank(s)" + (
-            f" x accumulation {given}" if given else ""
-        )
+        product = f"micro batch {micro} x {world_size} rank(s) x accumulation {given or '(a whole number)'}"
         raise ConfigError(
-            f"batch.global_batch_size {total} is not {product}{'' if given else ' x a whole number'}; "
-            f"{_way_out(total, micro, world_size)}"
+            f"batch.global_batch_size {total} is not {product}; {_way_out(batch, duration, world_size)}"
         )
     if duration.samples % total:
-        whole = max(round(duration.samples / total), 1) * total
         raise ConfigError(
             f"duration.samples {duration.samples} is not a whole number of global batches of {total}; "
-            f"use duration.samples={whole}"
+            f"use duration.samples={_whole(duration.samples, total)}"
         )
     return BatchPlan(
         global_batch_size=total,
@@ -82,9 +86,24 @@ def plan_batches(batch: BatchConfig, duration: DurationConfig, world_size: int) 
     )
 
 
-def _way_out(total: int, micro: int, world_size: int) -> str:
-    if total % world_size:
-        return f"use a multiple of {world_size}, such as batch.global_batch_size={-(-total // world_size) * world_size}"
-    share = total // world_size
-    fits = max(size for size in range(1, min(micro, share) + 1) if share % size == 0)
-    return f"use batch.micro_batch_size={fits} (accumulation {share // fits})"
+def _way_out(batch: BatchConfig, duration: DurationConfig, world_size: int) -> str:
+    """All overrides that make the sizes meet: the global batch moves only where ranks do not divide it,
+    the micro batch never grows."""
+    total = _whole(batch.global_batch_size, world_size)
+    share = total // world_size  # of a rank
+    micro = next(size for size in range(min(batch.micro_batch_size, share), 0, -1) if share % size == 0)
+    fits = {
+        "batch.global_batch_size": (batch.global_batch_size, total),
+        "batch.micro_batch_size": (batch.micro_batch_size, micro),
+        "batch.gradient_accumulation_steps": (batch.gradient_accumulation_steps, share // micro),
+        "duration.samples": (duration.samples, _whole(duration.samples, total)),
+    }
+    if batch.gradient_accumulation_steps is None:
+        del fits["batch.gradient_accumulation_steps"]
+    changes = " ".join(f"{key}={now}" for key, (before, now) in fits.items() if now != before)
+    return f"use {changes} (accumulation {share // micro})"
+
+
+def _whole(samples: int, batch: int) -> int:
+    """The largest multiple of `batch` within `samples`, at least one."""
+    return max(samples // batch, 1) * batch
