@@ -70,7 +70,7 @@ def evaluate(engine: Any, batches: Iterable[Any]) -> dict[str, float]:
     engine.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=dist.device())
     for batch in batches:
-        sums = engine(**model_inputs(batch))
+        sums = engine(**model_inputs(batch.to(dist.device())))
         totals += torch.stack(
             [sums.loss_sum.double(), sums.num_correct.double(), totals.new_tensor(batch.num_masked)]
         )
