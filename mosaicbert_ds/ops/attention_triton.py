@@ -1,0 +1,489 @@
+"""FlashAttention with symmetric ALiBi over unpadded sequences, bias from the slopes inside the kernel.
+
+Within each sequence and head, with D(.) dropout's mask and scale and rowsum over the keys:
+
+    S_ij = scale q_i k_j - slope |i - j|,   P = softmax(S),   O = D(P) V
+    dV = D(P)^T dO,   dP = D(dO V^T),   dS = P (dP - rowsum(dO O)),   dQ = scale dS K,   dK = scale dS^T Q
+
+Queries, keys and values are read where the projection wrote them, (tokens, 3, heads, head_dim), and their
+gradients are written into one tensor of that shape. Of the scores only LSE_i = log2 sum_j 2^(S_ij log2 e) is
+kept, (heads, tokens) fp32. Nothing is summed with atomics, so gradients have the same bits each time.
+
+- Up to 128 tokens a sequence one program owns a whole (sequence, head): the forward pass reads 3 rows of
+  head_dim a token and writes 1, the backward pass computes dQ, dK and dV at once and reads 5, writes 3. At
+  head_dim 64 that is memory-bound; what it takes is few instructions a score and several programs an SM.
+- Longer sequences go by blocks of queries and keys (forward and dQ: a program owns queries and walks over
+  keys; dK and dV: a program owns keys and walks over queries).
+
+Scores are kept in base 2. A key that does not exist stands at position 1e30, so that the bias itself removes
+it and no score is masked a second time. Rows behind cu_seqlens[-1] are written as zeros.
+Sources: FlashAttention-2, https://arxiv.org/abs/2307.08691; ALiBi, https://arxiv.org/abs/2108.12409.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold, keep_mask, keep_scale
+
+HEAD_DIMS = (16, 32, 64, 128)
+ONE_TILE_LENGTH = 128
+LOG2_E = 1.4426950408889634
+# A slope of 0 times the position of a missing key would not remove it; this one does, and else is nothing.
+SMALLEST_SLOPE = 1e-20
+
+# Arguments that change from batch to batch and must not compile a kernel anew.
+SHAPE = ["num_tokens", "num_sequences", "blocks", "heads"]
+
+
+class Launch(NamedTuple):
+    """How a kernel is cut and compiled: the fastest of those tried on an H200."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+ONE_TILE_FORWARD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # by the tile's length
+ONE_TILE_BACKWARD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
+FORWARD = {
+    16: Launch(128, 64, 4, 3),
+    32: Launch(128, 64, 4, 3),
+    64: Launch(128, 64, 4, 3),
+    128: Launch(128, 64, 8, 2),
+}
+BACKWARD_DQ = {
+    16: Launch(128, 64, 4, 3),
+    32: Launch(128, 64, 4, 3),
+    64: Launch(128, 64, 8, 3),
+    128: Launch(128, 64, 8, 2),
+}
+BACKWARD_DKV = {
+    16: Launch(64, 128, 4, 3),
+    32: Launch(64, 128, 4, 3),
+    64: Launch(64, 128, 8, 3),
+    128: Launch(64, 128, 8, 2),
+}
+
+
+@triton.jit
+def _bias(query, key, slope):
+    """-slope |i - j| in base 2 between positions (fp32, broadcast against each other)."""
+    return tl.abs(query - key) * (-slope)
+
+
+@triton.jit
+def _positions(index, length):
+    """Positions as fp32, far away where there is no token."""
+    return tl.where(index < length, index.to(tl.float32), 1e30)
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _load_rows(base, row, stride, length, HEAD_DIM: tl.constexpr):
+    """(rows, HEAD_DIM) of one head, zeros behind the sequence."""
+    place = base + row[:, None].to(tl.int64) * stride + tl.arange(0, HEAD_DIM)[None, :]
+    return tl.load(place, row[:, None] < length, other=0.0)
+
+
+@triton.jit
+def _store_rows(base, row, stride, length, values, HEAD_DIM: tl.constexpr):
+    place = base + row[:, None].to(tl.int64) * stride + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(place, values.to(base.dtype.element_ty), row[:, None] < length)
+
+
+@triton.jit
+def _zero_tail(base, stride, tail, num_tokens, part, parts, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """This program's share of the rows that belong to no sequence: block `part` of every `parts` blocks."""
+    for start in range(tail + part * ROWS, num_tokens, parts * ROWS):
+        row = start + tl.arange(0, ROWS)
+        _store_rows(base, row, stride, num_tokens, tl.zeros([ROWS, HEAD_DIM], tl.float32), HEAD_DIM)
+
+
+@triton.jit
+def _keep(
+    seed, first_token, head, query_start, key_start, THRESHOLD: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """Dropout's mask of a tile (M queries, N keys), a function of (seed, head, query's token, key)."""
+    row = first_token + query_start + tl.arange(0, M)[:, None]
+    octet = key_start // 8 + tl.arange(0, N // 8)[None, :]
+    return keep_mask(tl.load(seed), row, octet, head, THRESHOLD, M, N)
+
+
+@triton.jit(do_not_specialize=SHAPE)
+def _one_tile_forward(
+    qkv, out, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences, scale,
+    stride_token, stride_part, stride_head,
+    heads, HEAD_DIM: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % heads
+    sequence = tl.program_id(0) // heads
+    first = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - first
+    slope = tl.maximum(tl.load(slopes + head) * 1.4426950408889634, 1e-20)
+    index = tl.arange(0, N)
+
+    base = qkv + first.to(tl.int64) * stride_token + head * stride_head
+    q = _load_rows(base, index, stride_token, length, HEAD_DIM)
+    k = _load_rows(base + stride_part, index, stride_token, length, HEAD_DIM)
+    v = _load_rows(base + 2 * stride_part, index, stride_token, length, HEAD_DIM)
+
+    position = _positions(index, length)
+    s = _dot(q, tl.trans(k)) * scale + _bias(index.to(tl.float32)[:, None], position[None, :], slope)
+    top = tl.max(s, axis=1)
+    p = tl.exp2(s - top[:, None])
+    total = tl.sum(p, axis=1)
+    norm = 1.0 / total
+    if THRESHOLD > 0:
+        p = tl.where(_keep(seed, first, head, 0, 0, THRESHOLD, N, N), p, 0.0)
+        norm *= keep_scale(THRESHOLD)
+    o = _dot(p.to(v.dtype), v) * norm[:, None]
+
+    stride_out = heads * HEAD_DIM
+    target = out + head * HEAD_DIM
+    _store_rows(target + first.to(tl.int64) * stride_out, index, stride_out, length, o, HEAD_DIM)
+    tl.store(lse + head.to(tl.int64) * num_tokens + first + index, top + tl.log2(total), index < length)
+    tail = tl.load(cu_seqlens + num_sequences)
+    _zero_tail(target, stride_out, tail, num_tokens, sequence, num_sequences, N, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=SHAPE)
+def _one_tile_backward(
+    qkv, out, d_out, d_qkv, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences, scale, softmax_scale,
+    stride_token, stride_part, stride_head,
+    heads, HEAD_DIM: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % heads
+    sequence = tl.program_id(0) // heads
+    first = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - first
+    slope = tl.maximum(tl.load(slopes + head) * 1.4426950408889634, 1e-20)
+    index = tl.arange(0, N)
+
+    base = qkv + first.to(tl.int64) * stride_token + head * stride_head
+    stride_out = heads * HEAD_DIM
+    from_out = first.to(tl.int64) * stride_out + head * HEAD_DIM
+    k = _load_rows(base + stride_part, index, stride_token, length, HEAD_DIM)
+    q = _load_rows(base, index, stride_token, length, HEAD_DIM)
+    d_o = _load_rows(d_out + from_out, index, stride_out, length, HEAD_DIM)
+    v = _load_rows(base + 2 * stride_part, index, stride_token, length, HEAD_DIM)
+    o = _load_rows(out + from_out, index, stride_out, length, HEAD_DIM)
+    log_sum = tl.load(lse + head.to(tl.int64) * num_tokens + first + index, index < length, other=0.0)
+    delta = tl.sum(o.to(tl.float32) * d_o.to(tl.float32), axis=1)
+
+    stride_grad = 3 * heads * HEAD_DIM
+    target = d_qkv + head * HEAD_DIM
+    here = target + first.to(tl.int64) * stride_grad
+    # Keys down, queries across: P^T and dS^T are then left factors as they lie in registers.
+    position = _positions(index, length)
+    s = _dot(k, tl.trans(q)) * scale + _bias(index.to(tl.float32)[None, :], position[:, None], slope)
+    p = tl.exp2(s - log_sum[None, :])
+    if THRESHOLD > 0:
+        keep = tl.trans(_keep(seed, first, head, 0, 0, THRESHOLD, N, N))
+        dropped = tl.where(keep, p * keep_scale(THRESHOLD), 0.0)
+        d_v = _dot(dropped.to(d_o.dtype), d_o)
+    else:
+        d_v = _dot(p.to(d_o.dtype), d_o)
+    _store_rows(here + 2 * heads * HEAD_DIM, index, stride_grad, length, d_v, HEAD_DIM)
+    d_p = _dot(v, tl.trans(d_o))
+    if THRESHOLD > 0:
+        d_p = tl.where(keep, d_p * keep_scale(THRESHOLD), 0.0)
+    d_s = (p * (d_p - delta[None, :])).to(k.dtype)
+    d_k = _dot(d_s, q) * softmax_scale
+    _store_rows(here + heads * HEAD_DIM, index, stride_grad, length, d_k, HEAD_DIM)
+    d_q = _dot(tl.trans(d_s), k) * softmax_scale
+    _store_rows(here, index, stride_grad, length, d_q, HEAD_DIM)
+
+    tail = tl.load(cu_seqlens + num_sequences)
+    for part in tl.static_range(3):
+        _zero_tail(
+            target + part * heads * HEAD_DIM,
+            stride_grad,
+            tail,
+            num_tokens,
+            sequence,
+            num_sequences,
+            N,
+            HEAD_DIM,
+        )
+
+
+@triton.jit(do_not_specialize=SHAPE)
+def _forward_kernel(
+    qkv, out, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences, blocks, scale,
+    stride_token, stride_part, stride_head,
+    heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) % blocks
+    head = (tl.program_id(0) // blocks) % heads
+    sequence = tl.program_id(0) // (blocks * heads)
+    stride_out = heads * HEAD_DIM
+    target = out + head * HEAD_DIM
+    tail = tl.load(cu_seqlens + num_sequences)
+    part = sequence * blocks + block
+    _zero_tail(target, stride_out, tail, num_tokens, part, num_sequences * blocks, M, HEAD_DIM)
+
+    first = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - first
+    if block * M < length:
+        slope = tl.maximum(tl.load(slopes + head) * 1.4426950408889634, 1e-20)
+        base = qkv + first.to(tl.int64) * stride_token + head * stride_head
+        query = block * M + tl.arange(0, M)
+        q = _load_rows(base, query, stride_token, length, HEAD_DIM)
+        top = tl.full([M], float("-inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        o = tl.zeros([M, HEAD_DIM], tl.float32)
+        for start in range(0, length, N):
+            key = start + tl.arange(0, N)
+            k = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
+            v = _load_rows(base + 2 * stride_part, key, stride_token, length, HEAD_DIM)
+            position = _positions(key, length)
+            s = _dot(q, tl.trans(k)) * scale
+            s += _bias(query.to(tl.float32)[:, None], position[None, :], slope)
+            new_top = tl.maximum(top, tl.max(s, axis=1))
+            p = tl.exp2(s - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(p, axis=1)
+            if THRESHOLD > 0:
+                p = tl.where(_keep(seed, first, head, block * M, start, THRESHOLD, M, N), p, 0.0)
+            o = o * shrink[:, None]
+            o += _dot(p.to(v.dtype), v)
+            top = new_top
+        norm = 1.0 / total
+        if THRESHOLD > 0:
+            norm *= keep_scale(THRESHOLD)
+        o = o * norm[:, None]
+        _store_rows(target + first.to(tl.int64) * stride_out, query, stride_out, length, o, HEAD_DIM)
+        place = lse + head.to(tl.int64) * num_tokens + first + query
+        tl.store(place, top + tl.log2(total), query < length)
+
+
+@triton.jit(do_not_specialize=SHAPE)
+def _backward_dq_kernel(
+    qkv, out, d_out, d_qkv, lse, delta_out, slopes, cu_seqlens, seed,
+    num_tokens, num_sequences, blocks, scale, softmax_scale,
+    stride_token, stride_part, stride_head,
+    heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """dQ, and rowsum(dO O) for the kernel that follows."""
+    block = tl.program_id(0) % blocks
+    head = (tl.program_id(0) // blocks) % heads
+    sequence = tl.program_id(0) // (blocks * heads)
+    stride_grad = 3 * heads * HEAD_DIM
+    target = d_qkv + head * HEAD_DIM
+    tail = tl.load(cu_seqlens + num_sequences)
+    part = sequence * blocks + block
+    _zero_tail(target, stride_grad, tail, num_tokens, part, num_sequences * blocks, M, HEAD_DIM)
+
+    first = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - first
+    if block * M < length:
+        slope = tl.maximum(tl.load(slopes + head) * 1.4426950408889634, 1e-20)
+        base = qkv + first.to(tl.int64) * stride_token + head * stride_head
+        stride_out = heads * HEAD_DIM
+        from_out = first.to(tl.int64) * stride_out + head * HEAD_DIM
+        query = block * M + tl.arange(0, M)
+        q = _load_rows(base, query, stride_token, length, HEAD_DIM)
+        d_o = _load_rows(d_out + from_out, query, stride_out, length, HEAD_DIM)
+        o = _load_rows(out + from_out, query, stride_out, length, HEAD_DIM)
+        delta = tl.sum(o.to(tl.float32) * d_o.to(tl.float32), axis=1)
+        place = head.to(tl.int64) * num_tokens + first + query
+        tl.store(delta_out + place, delta, query < length)
+        log_sum = tl.load(lse + place, query < length, other=0.0)
+        d_q = tl.zeros([M, HEAD_DIM], tl.float32)
+        for start in range(0, length, N):
+            key = start + tl.arange(0, N)
+            k = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
+            v = _load_rows(base + 2 * stride_part, key, stride_token, length, HEAD_DIM)
+            position = _positions(key, length)
+            s = _dot(q, tl.trans(k)) * scale
+            s += _bias(query.to(tl.float32)[:, None], position[None, :], slope)
+            p = tl.exp2(s - log_sum[:, None])
+            d_p = _dot(d_o, tl.trans(v))
+            if THRESHOLD > 0:
+                keep = _keep(seed, first, head, block * M, start, THRESHOLD, M, N)
+                d_p = tl.where(keep, d_p * keep_scale(THRESHOLD), 0.0)
+            d_s = p * (d_p - delta[:, None])
+            d_q += _dot(d_s.to(k.dtype), k)
+        here = target + first.to(tl.int64) * stride_grad
+        _store_rows(here, query, stride_grad, length, d_q * softmax_scale, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=SHAPE)
+def _backward_dkv_kernel(
+    qkv, d_out, d_qkv, lse, delta_in, slopes, cu_seqlens, seed,
+    num_tokens, num_sequences, blocks, scale, softmax_scale,
+    stride_token, stride_part, stride_head,
+    heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) % blocks
+    head = (tl.program_id(0) // blocks) % heads
+    sequence = tl.program_id(0) // (blocks * heads)
+    stride_grad = 3 * heads * HEAD_DIM
+    part_grad = heads * HEAD_DIM
+    target = d_qkv + head * HEAD_DIM + part_grad
+    tail = tl.load(cu_seqlens + num_sequences)
+    part = sequence * blocks + block
+    _zero_tail(target, stride_grad, tail, num_tokens, part, num_sequences * blocks, N, HEAD_DIM)
+    _zero_tail(target + part_grad, stride_grad, tail, num_tokens, part, num_sequences * blocks, N, HEAD_DIM)
+
+    first = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - first
+    if block * N < length:
+        slope = tl.maximum(tl.load(slopes + head) * 1.4426950408889634, 1e-20)
+        base = qkv + first.to(tl.int64) * stride_token + head * stride_head
+        stride_out = heads * HEAD_DIM
+        from_out = first.to(tl.int64) * stride_out + head * HEAD_DIM
+        key = block * N + tl.arange(0, N)
+        position = _positions(key, length)
+        k = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
+        v = _load_rows(base + 2 * stride_part, key, stride_token, length, HEAD_DIM)
+        d_k = tl.zeros([N, HEAD_DIM], tl.float32)
+        d_v = tl.zeros([N, HEAD_DIM], tl.float32)
+        for start in range(0, length, M):
+            query = start + tl.arange(0, M)
+            q = _load_rows(base, query, stride_token, length, HEAD_DIM)
+            d_o = _load_rows(d_out + from_out, query, stride_out, length, HEAD_DIM)
+            place = head.to(tl.int64) * num_tokens + first + query
+            log_sum = tl.load(lse + place, query < length, other=0.0)
+            delta = tl.load(delta_in + place, query < length, other=0.0)
+            s = _dot(k, tl.trans(q)) * scale
+            s += _bias(query.to(tl.float32)[None, :], position[:, None], slope)
+            p = tl.exp2(s - log_sum[None, :])
+            d_p = _dot(v, tl.trans(d_o))
+            if THRESHOLD > 0:
+                keep = tl.trans(_keep(seed, first, head, start, block * N, THRESHOLD, M, N))
+                d_v += _dot(tl.where(keep, p * keep_scale(THRESHOLD), 0.0).to(d_o.dtype), d_o)
+                d_p = tl.where(keep, d_p * keep_scale(THRESHOLD), 0.0)
+            else:
+                d_v += _dot(p.to(d_o.dtype), d_o)
+            d_s = p * (d_p - delta[None, :])
+            d_k += _dot(d_s.to(q.dtype), q)
+        here = target + first.to(tl.int64) * stride_grad
+        _store_rows(here, key, stride_grad, length, d_k * softmax_scale, HEAD_DIM)
+        _store_rows(here + part_grad, key, stride_grad, length, d_v, HEAD_DIM)
+
+
+def _one_tile(max_seqlen: int) -> int | None:
+    """The tile's length where a whole sequence fits into one tile."""
+    if max_seqlen > ONE_TILE_LENGTH:
+        return None
+    return max(16, triton.next_power_of_2(max_seqlen))
+
+
+@torch.library.custom_op("mosaicbert_ds::attention", mutates_args=())
+def _attention(
+    qkv: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """out (tokens, heads, head_dim) and log2-sum-exp (heads, tokens) fp32."""
+    num_tokens, _, heads, head_dim = qkv.shape
+    qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
+    out = torch.empty(num_tokens, heads, head_dim, device=qkv.device, dtype=qkv.dtype)
+    lse = torch.empty(heads, num_tokens, device=qkv.device, dtype=torch.float32)
+    num_sequences = cu_seqlens.shape[0] - 1
+    if num_sequences == 0 or max_seqlen == 0:
+        return out.zero_(), lse
+    scale = head_dim**-0.5 * LOG2_E
+    threshold = drop_threshold(dropout_p)
+    arguments = (qkv, out, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences)
+    tile = _one_tile(max_seqlen)
+    if tile:
+        _one_tile_forward[(num_sequences * heads,)](
+            *arguments, scale, *qkv.stride()[:3],
+            heads, head_dim, tile, threshold, num_warps=ONE_TILE_FORWARD_WARPS[tile],
+        )  # fmt: skip
+        return out, lse
+    launch = FORWARD[head_dim]
+    blocks = triton.cdiv(max_seqlen, launch.queries)
+    _forward_kernel[(blocks * heads * num_sequences,)](
+        *arguments, blocks, scale, *qkv.stride()[:3],
+        heads, head_dim, launch.queries, launch.keys, threshold,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op("mosaicbert_ds::attention_backward", mutates_args=())
+def _attention_backward(
+    qkv: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    seed: Tensor | None, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    num_tokens, _, heads, head_dim = qkv.shape
+    qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
+    out, d_out = out.contiguous(), d_out.contiguous()
+    d_qkv = torch.empty(num_tokens, 3, heads, head_dim, device=qkv.device, dtype=qkv.dtype)
+    num_sequences = cu_seqlens.shape[0] - 1
+    if num_sequences == 0 or max_seqlen == 0:
+        return d_qkv.zero_()
+    softmax_scale = head_dim**-0.5
+    scale = softmax_scale * LOG2_E
+    threshold = drop_threshold(dropout_p)
+    tile = _one_tile(max_seqlen)
+    if tile:
+        _one_tile_backward[(num_sequences * heads,)](
+            qkv, out, d_out, d_qkv, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences,
+            scale, softmax_scale, *qkv.stride()[:3],
+            heads, head_dim, tile, threshold, num_warps=ONE_TILE_BACKWARD_WARPS[tile],
+        )  # fmt: skip
+        return d_qkv
+    delta = torch.empty_like(lse)
+    launch = BACKWARD_DQ[head_dim]
+    blocks = triton.cdiv(max_seqlen, launch.queries)
+    _backward_dq_kernel[(blocks * heads * num_sequences,)](
+        qkv, out, d_out, d_qkv, lse, delta, slopes, cu_seqlens, seed, num_tokens, num_sequences,
+        blocks, scale, softmax_scale, *qkv.stride()[:3],
+        heads, head_dim, launch.queries, launch.keys, threshold,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    launch = BACKWARD_DKV[head_dim]
+    blocks = triton.cdiv(max_seqlen, launch.keys)
+    _backward_dkv_kernel[(blocks * heads * num_sequences,)](
+        qkv, d_out, d_qkv, lse, delta, slopes, cu_seqlens, seed, num_tokens, num_sequences,
+        blocks, scale, softmax_scale, *qkv.stride()[:3],
+        heads, head_dim, launch.queries, launch.keys, threshold,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return d_qkv
+
+
+@_attention.register_fake
+def _(qkv, slopes, cu_seqlens, max_seqlen, seed, dropout_p):
+    num_tokens, _, heads, head_dim = qkv.shape
+    lse = qkv.new_empty(heads, num_tokens, dtype=torch.float32)
+    return qkv.new_empty(num_tokens, heads, head_dim), lse
+
+
+@_attention_backward.register_fake
+def _(qkv, out, d_out, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    qkv, slopes, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout_p = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, *output, slopes, cu_seqlens, seed)
+
+
+def _backward(ctx, d_out, d_lse):
+    qkv, out, lse, slopes, cu_seqlens, seed = ctx.saved_tensors
+    d_qkv = _attention_backward(qkv, out, d_out, lse, slopes, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout_p)
+    return d_qkv, None, None, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_save)
+
+
+def attention(
+    qkv: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0
+) -> Tensor:
+    """(tokens, 3, heads, head_dim) -> (tokens, heads, head_dim); `reference.attention` defines it."""
+    seed = draw_seed(qkv.device) if drop_threshold(dropout_p) else None
+    return _attention(qkv, slopes, cu_seqlens, max_seqlen, seed, dropout_p)[0]

@@ -1,0 +1,108 @@
+"""Which arithmetic runs: the Triton kernels or plain PyTorch. Chosen once by name, in the recipe's `kernels`.
+
+`auto` is triton for CUDA tensors where Triton and the GPU can run it, torch for everything else. Tensors on
+the CPU always take torch, also under `triton`: a checkpoint is exported there beside a run on the GPU.
+"""
+
+import importlib.util
+import logging
+
+import torch
+from torch import Tensor
+
+from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.ops import reference
+
+BACKENDS = ("auto", "triton", "torch")
+MIN_CAPABILITY = (8, 0)  # bf16 on the tensor cores
+
+_asked = "auto"
+_chosen: str | None = None  # "triton" or "torch"; None until the first choice
+
+
+def choose_kernels(name: str = "auto") -> str:
+    """Choose the backend for this process: auto, triton or torch. Returns triton or torch.
+
+    Raises ConfigError for another name, and where `triton` is asked for and cannot run.
+    """
+    global _asked, _chosen
+    if name not in BACKENDS:
+        raise ConfigError(f"kernels is {name!r}; give one of {', '.join(BACKENDS)}")
+    obstacle = _obstacle()
+    if name == "triton" and obstacle:
+        raise ConfigError(f"kernels is triton, but {obstacle}; give auto or torch")
+    _asked = name
+    _chosen = "torch" if name == "torch" or obstacle else "triton"
+    logging.getLogger(__name__).info(
+        "kernels: %s%s", _chosen, f" ({obstacle})" if name == "auto" and obstacle else ""
+    )
+    return _chosen
+
+
+def _obstacle() -> str | None:
+    """Why the Triton kernels cannot run in this process, None when they can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU"
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _cuda_backend() -> str:
+    return _chosen or choose_kernels()
+
+
+def _on_triton(x: Tensor) -> bool:
+    return x.is_cuda and _cuda_backend() == "triton"
+
+
+# Triton is imported inside, by the first call that needs it: it takes a second and is absent on many machines.
+
+
+def attention(
+    qkv: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0
+) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim) - slope |i - j|) v within each sequence; see `reference.attention`."""
+    if _on_triton(qkv):
+        from mosaicbert_ds.ops import attention_triton
+
+        if qkv.shape[-1] in attention_triton.HEAD_DIMS:
+            return attention_triton.attention(qkv, slopes, cu_seqlens, max_seqlen, dropout_p)
+        if _asked == "triton":
+            raise ConfigError(
+                f"kernels is triton, but a head has {qkv.shape[-1]} dimensions; the kernels know "
+                f"{', '.join(map(str, attention_triton.HEAD_DIMS))}; give auto or torch"
+            )
+    return reference.attention(qkv, slopes, cu_seqlens, max_seqlen, dropout_p)
+
+
+def geglu(gate_value: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """dropout(GELU(gate) * value); see `reference.geglu`."""
+    if _on_triton(gate_value):
+        from mosaicbert_ds.ops import geglu_triton
+
+        return geglu_triton.geglu(gate_value, dropout_p)
+    return reference.geglu(gate_value, dropout_p)
+
+
+def dropout_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float = 0.0
+) -> Tensor:
+    """LayerNorm(dropout(x) + residual); see `reference.dropout_add_layer_norm`."""
+    if _on_triton(x):
+        from mosaicbert_ds.ops import dropout_layernorm_triton
+
+        return dropout_layernorm_triton.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p)
+    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p)
+
+
+def masked_lm_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy and the number of correct predictions; see `reference.masked_lm_loss`."""
+    if _on_triton(hidden):
+        from mosaicbert_ds.ops import masked_lm_loss_triton
+
+        return masked_lm_loss_triton.masked_lm_loss(hidden, weight, bias, labels)
+    return reference.masked_lm_loss(hidden, weight, bias, labels)

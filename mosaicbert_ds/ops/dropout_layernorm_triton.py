@@ -1,0 +1,187 @@
+"""Dropout, residual and LayerNorm in one pass: y = weight * (h - mean(h)) / std(h) + bias, h = dropout(x) + r.
+
+With n the normalised row, g = dy * weight and all means over the row:
+
+    dh = (g - mean(g) - n * mean(g * n)) / std,   dr = dh,   dx = dropout's mask and scale applied to dh
+    dweight = sum over rows of dy * n,            dbias = sum over rows of dy
+
+Memory traffic an element in bf16: forward 4 bytes in, 2 out. Backward 6 in, 4 out; without dropout dx is dr
+and 2 out. h is made again from x and r instead of stored, mean and 1 / std are kept in fp32. A backward
+program walks over many rows and adds up its share of dweight and dbias in registers; the shares go to memory
+once, and one sum over them ends it: no atomics, so the same bits each time.
+Source: https://arxiv.org/abs/1607.06450.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold, keep_mask, keep_scale
+
+# Rows of a tile and warps: the fastest of those tried on an H200 at width 768. One warp holds a whole row, so
+# its means need no shared memory.
+FORWARD_ROWS, FORWARD_WARPS = 1, 1
+BACKWARD_ROWS, BACKWARD_WARPS = 1, 1
+BACKWARD_PROGRAMS = 132 * 16  # fixed, so that the order of the sums is the same on every GPU
+
+
+@triton.jit
+def _sum_of(
+    x, residual, seed, row, column, mask, width,
+    THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """h = dropout(x) + residual in fp32, and what dropout keeps (without dropout everything)."""
+    place = row.to(tl.int64) * width + column
+    h = tl.load(x + place, mask, other=0.0).to(tl.float32)
+    if THRESHOLD > 0:
+        octet = tl.arange(0, COLUMNS // 8)[None, :]
+        keep = keep_mask(tl.load(seed), row, octet, 0, THRESHOLD, ROWS, COLUMNS)
+        h = tl.where(keep, h * keep_scale(THRESHOLD), 0.0)
+    else:
+        keep = mask
+    return h + tl.load(residual + place, mask, other=0.0).to(tl.float32), keep
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _forward_kernel(
+    x, residual, weight, bias, out, mean_out, rstd_out, seed, num_rows, eps,
+    width: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = (row < num_rows) & (column < width)
+    h, _ = _sum_of(x, residual, seed, row, column, mask, width, THRESHOLD, ROWS, COLUMNS)
+    mean = tl.sum(h, axis=1, keep_dims=True) / width
+    centred = tl.where(column < width, h - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / width
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    scale = tl.load(weight + column, column < width, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, column < width, other=0.0).to(tl.float32)
+    y = centred * rstd * scale + shift
+    tl.store(out + row.to(tl.int64) * width + column, y.to(out.dtype.element_ty), mask)
+    tl.store(mean_out + row, mean, row < num_rows)
+    tl.store(rstd_out + row, rstd, row < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _backward_kernel(
+    x, residual, weight, d_out, mean_in, rstd_in, d_x, d_residual, partial, seed, num_rows,
+    width: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = column < width
+    scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([ROWS, COLUMNS], tl.float32)
+    d_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in tl.range(program * ROWS, num_rows, PROGRAMS * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        mask = (row < num_rows) & inside
+        place = row.to(tl.int64) * width + column
+        h, keep = _sum_of(x, residual, seed, row, column, mask, width, THRESHOLD, ROWS, COLUMNS)
+        dy = tl.load(d_out + place, mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_in + row, row < num_rows, other=0.0)
+        rstd = tl.load(rstd_in + row, row < num_rows, other=0.0)
+        n = tl.where(inside, (h - mean) * rstd, 0.0)
+        g = dy * scale
+        mean_g = tl.sum(g, axis=1, keep_dims=True) / width
+        mean_gn = tl.sum(g * n, axis=1, keep_dims=True) / width
+        dh = (g - mean_g - n * mean_gn) * rstd
+        if THRESHOLD > 0:
+            tl.store(d_residual + place, dh.to(d_x.dtype.element_ty), mask)
+            dh = tl.where(keep, dh * keep_scale(THRESHOLD), 0.0)
+        tl.store(d_x + place, dh.to(d_x.dtype.element_ty), mask)
+        d_weight += dy * n
+        d_bias += dy
+    column = tl.arange(0, COLUMNS)
+    target = partial + program * 2 * width + column  # partial: (PROGRAMS, 2, width)
+    tl.store(target, tl.sum(d_weight, axis=0), column < width)
+    tl.store(target + width, tl.sum(d_bias, axis=0), column < width)
+
+
+@torch.library.custom_op("mosaicbert_ds::dropout_add_layer_norm", mutates_args=())
+def _layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual = x.contiguous(), residual.contiguous()
+    num_rows, width = x.shape
+    out = torch.empty_like(x)
+    mean, rstd = (torch.empty(num_rows, device=x.device, dtype=torch.float32) for _ in range(2))
+    if num_rows:
+        _forward_kernel[(triton.cdiv(num_rows, FORWARD_ROWS),)](
+            x, residual, weight, bias, out, mean, rstd, seed, num_rows, eps,
+            width, drop_threshold(dropout_p), FORWARD_ROWS, triton.next_power_of_2(max(width, 8)),
+            num_warps=FORWARD_WARPS,
+        )  # fmt: skip
+    return out, mean, rstd
+
+
+@torch.library.custom_op("mosaicbert_ds::dropout_add_layer_norm_backward", mutates_args=())
+def _layer_norm_backward(
+    x: Tensor, residual: Tensor, weight: Tensor, d_out: Tensor, mean: Tensor, rstd: Tensor,
+    seed: Tensor | None, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """d_x, d_residual (empty without dropout: it is d_x) and (2, width) fp32: d_weight, d_bias."""
+    x, residual, d_out = x.contiguous(), residual.contiguous(), d_out.contiguous()
+    num_rows, width = x.shape
+    threshold = drop_threshold(dropout_p)
+    d_x = torch.empty_like(x)
+    d_residual = torch.empty_like(x) if threshold else x.new_empty(0)
+    programs = max(1, min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, BACKWARD_ROWS)))
+    partial = torch.empty(programs, 2, width, device=x.device, dtype=torch.float32)
+    _backward_kernel[(programs,)](
+        x, residual, weight, d_out, mean, rstd, d_x, d_residual, partial, seed, num_rows,
+        width, threshold, BACKWARD_ROWS, triton.next_power_of_2(max(width, 8)), programs,
+        num_warps=BACKWARD_WARPS,
+    )  # fmt: skip
+    return d_x, d_residual, partial.sum(0)
+
+
+@_layer_norm.register_fake
+def _(x, residual, weight, bias, seed, eps, dropout_p):
+    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+@_layer_norm_backward.register_fake
+def _(x, residual, weight, d_out, mean, rstd, seed, dropout_p):
+    d_residual = x.new_empty(x.shape) if drop_threshold(dropout_p) else x.new_empty(0)
+    return x.new_empty(x.shape), d_residual, x.new_empty(2, x.shape[1], dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    x, residual, weight, bias, seed, _, ctx.dropout_p = inputs
+    _, mean, rstd = output
+    ctx.bias_dtype = bias.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, residual, weight, mean, rstd, seed)
+
+
+def _backward(ctx, d_out, d_mean, d_rstd):
+    x, residual, weight, mean, rstd, seed = ctx.saved_tensors
+    d_x, d_residual, d_affine = _layer_norm_backward(
+        x, residual, weight, d_out, mean, rstd, seed, ctx.dropout_p
+    )
+    if not drop_threshold(ctx.dropout_p):
+        d_residual = d_x
+    d_weight, d_bias = d_affine[0].to(weight.dtype), d_affine[1].to(ctx.bias_dtype)
+    return d_x, d_residual, d_weight, d_bias, None, None, None
+
+
+_layer_norm.register_autograd(_backward, setup_context=_save)
+
+
+def dropout_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float = 0.0
+) -> Tensor:
+    """LayerNorm(dropout(x) + residual): x, residual (tokens, hidden) -> (tokens, hidden) in x's dtype."""
+    seed = draw_seed(x.device) if drop_threshold(dropout_p) else None
+    return _layer_norm(x, residual, weight, bias, seed, eps, dropout_p)[0]
