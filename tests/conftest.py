@@ -1,6 +1,7 @@
 """What all tests share: one thread, a private folder for DeepSpeed's build, a small prepared corpus."""
 
 import os
+import socket
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -40,3 +41,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         held_out_fraction=0.3,
     )
     return folder / "shards"
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port that nothing listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,194 @@
+"""The pretraining command as people run it: through the launcher, killed, stopped, mistyped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mosaicbert_ds import pretrain
+from mosaicbert_ds.errors import UserError
+from mosaicbert_ds.training.faults import EXIT_STOPPED, EXIT_USER_ERROR
+
+REPO = Path(__file__).resolve().parents[2]
+SCRIPT = str(REPO / "mosaicbert_ds" / "pretrain.py")
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
+SMALL = [
+    *("--recipe", "tiny"),
+    *("data.max_length=32", "model.vocab_size=512", "model.hidden_size=32", "model.intermediate_size=64"),
+    *("batch.global_batch_size=8", "batch.micro_batch_size=2", "evaluation.max_samples=32"),
+    *("telemetry.log_every_steps=1", "checkpoint.every_samples=80", "evaluation.every_samples=320"),
+]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Training loss by step; of a step that was trained twice, the later. A half line is not counted."""
+    found = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "train/loss" in values:
+            found[values["step"]] = values["train/loss"]
+    return found
+
+
+class Launcher:
+    """Starts the command in a process group of its own, on one port, and leaves nothing behind."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.port, self.log = port, log
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *arguments: str, ranks: int = 2) -> "subprocess.Popen[bytes]":
+        launcher = [DEEPSPEED, "--num_gpus", str(ranks), "--master_port", str(self.port), SCRIPT]
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [*launcher, *arguments], stdout=log, stderr=log, cwd=REPO, start_new_session=True
+            )
+        self.started.append(process)
+        return process
+
+    def run(self, *arguments: str, ranks: int = 2) -> int:
+        return self.start(*arguments, ranks=ranks).wait(240)
+
+    def kill(self, process: "subprocess.Popen[bytes]") -> None:
+        """SIGKILL to all of it at once, as a power cut would."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+    def close(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                self.kill(process)
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"):
+            buffer.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, free_port: int) -> Iterator[Launcher]:
+    launcher = Launcher(free_port, tmp_path / "log")
+    yield launcher
+    launcher.close()
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.01)  # between two looks at a file that another process writes
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_losses_bit_for_bit(
+    corpus: Path, tmp_path: Path, launcher: Launcher
+) -> None:
+    command = (*SMALL, "duration.samples=480", "--data", str(corpus))  # 60 steps, a checkpoint every 10
+    assert launcher.run(*command, "--out", str(tmp_path / "whole")) == 0, launcher.log.read_text()[-3000:]
+    expected = losses(tmp_path / "whole")
+    assert list(expected) == list(range(1, 61))
+
+    killed = tmp_path / "killed"
+    for step in (4, 23, 40):  # before any checkpoint, between two, while one is being written
+        process = launcher.start(*command, "--out", str(killed))
+        seen = killed / "metrics.jsonl"
+        wait_for(lambda: seen.exists() and max(losses(killed), default=0) >= step, process, launcher.log)  # noqa: B023
+        launcher.kill(process)
+        survived = losses(killed)
+        assert survived == {number: expected[number] for number in survived}
+    assert launcher.run(*command, "--out", str(killed)) == 0, launcher.log.read_text()[-3000:]
+    assert losses(killed) == expected
+    first, last = (
+        json.loads((run / "checkpoints" / "step-00000060" / "manifest.json").read_text())["files"]
+        for run in (tmp_path / "whole", killed)
+    )
+    assert first["weights.safetensors"] == last["weights.safetensors"]
+
+
+def test_asked_to_stop_it_saves_and_says_so_and_the_same_command_goes_on(
+    corpus: Path, tmp_path: Path, launcher: Launcher
+) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, SCRIPT, *SMALL, "duration.samples=80000", "checkpoint.every_samples=80000"]
+    command += ["--data", str(corpus), "--out", str(run)]
+    environment = os.environ | {"MASTER_PORT": str(launcher.port)}
+    with launcher.log.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        seen = run / "metrics.jsonl"
+        wait_for(lambda: seen.exists() and max(losses(run), default=0) >= 5, process, launcher.log)
+        process.terminate()
+        assert process.wait(60) == EXIT_STOPPED
+    finally:
+        process.kill()
+    (saved,) = (run / "checkpoints").glob("step-*")
+    assert int(saved.name[5:]) >= 5
+    assert "goes on from there" in launcher.log.read_text()
+
+
+def mistake(tmp_path: Path, corpus: Path, *changes: str, data: Path | None = None, out: str = "run") -> str:
+    """The sentence with which the command refuses, before any process group or GPU is touched."""
+    arguments = [*SMALL, "duration.samples=80", *changes]
+    with pytest.raises(UserError) as refusal:
+        pretrain.main([*arguments, "--data", str(data or corpus), "--out", str(tmp_path / out)])
+    return str(refusal.value)
+
+
+def test_a_newcomers_mistakes_are_one_sentence_each(corpus: Path, tmp_path: Path, launcher: Launcher) -> None:
+    assert "nowhere" in mistake(tmp_path, corpus, data=tmp_path / "nowhere")
+    message = mistake(tmp_path, corpus, "batch.micro_batch_size=3")
+    assert (
+        "batch.global_batch_size 8 is not micro batch 3" in message
+        and "use batch.micro_batch_size=2" in message
+    )
+    assert "did you mean 'peak_lr'" in mistake(tmp_path, corpus, "optimizer.peak_rl=1e-3")
+    assert "set data.max_length=32" in mistake(tmp_path, corpus, "data.max_length=64")
+    assert "use model.vocab_size=512" in mistake(tmp_path, corpus, "model.vocab_size=64")
+
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written" in mistake(tmp_path, corpus, out="file/run")
+
+    foreign = shutil.copytree(corpus, tmp_path / "foreign")
+    tokenizer = foreign / "tokenizer" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("the", "hte", 1))
+    assert "was tokenised with" in mistake(tmp_path, corpus, data=foreign)
+
+    assert (
+        launcher.run(*SMALL, "duration.samples=80", "--data", str(corpus), "--out", str(tmp_path / "run"))
+        == 0
+    )
+    recorded = (tmp_path / "run" / "recipe.yaml").read_text()
+    message = mistake(tmp_path, corpus, "model.hidden_size=64")
+    assert "of another model" in message and "hidden_size 32 -> 64" in message
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == recorded, (
+        "a refused start must not touch the run"
+    )
+    assert "give --resume auto" in mistake(tmp_path, corpus, "--resume", "never")
+
+    # Through the launcher: exit code 2 and the sentence, without a traceback.
+    launcher.log.write_bytes(b"")
+    assert launcher.run(*SMALL, "--data", "nowhere", "--out", str(tmp_path / "other")) == EXIT_USER_ERROR
+    said = launcher.log.read_text()
+    assert "error: " in said and "Traceback" not in said
+
+
+def test_dry_run_says_everything_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pretrain.main(["--recipe", "mosaicbert-base", "--dry-run", "--world-size", "8"]) == 0
+    said = capsys.readouterr().out
+    for fact in (
+        "parameters: 137,400,384",
+        "AdamW-equivalent weight decay: 0.02",
+        "global batch 4,096 = micro batch 128 x accumulation 4 x 8 rank(s); 70,000 steps",
+        "286,720,000 samples  1.000e-05",
+        '"grad_accum_dtype": "fp32"',
+        "peak_lr: 0.0005",
+    ):
+        assert fact in said, fact
+    assert said.count(" samples  ") == 10
