@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run under Triton's interpreter, which must be chosen before Triton is imported."""
+"""Without a GPU the kernels run under Triton's interpreter, to be chosen before Triton is imported."""
 
 import os
 

@@ -3,6 +3,8 @@
 The interpreter returns garbage for bf16 without an error, so bf16 is tested in test_gpu.py alone.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -123,7 +125,7 @@ def test_attention_dropout_has_one_mask_for_both_passes(lengths):
     kept = torch.zeros(len(lengths), heads, longest, longest, device=DEVICE)
     for first_key in range(0, longest, head_dim):
         probe = qkv.clone()
-        for sequence, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for sequence, (start, end) in enumerate(pairwise(starts)):
             keys = torch.arange(end - start, device=DEVICE)[:, None] - first_key
             probe[start:end, 2] = (keys == torch.arange(head_dim, device=DEVICE)).float()[:, None]
             out = attention_triton._attention(probe, slopes, cu_seqlens, longest, seed, p)[0]
@@ -136,7 +138,7 @@ def test_attention_dropout_has_one_mask_for_both_passes(lengths):
     def masked(x):
         """The reference with this mask in the place of its own dropout."""
         out = x.new_zeros(x.shape[0], heads, head_dim)
-        for sequence, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for sequence, (start, end) in enumerate(pairwise(starts)):
             q, k, v = x[start:end].permute(1, 2, 0, 3)
             n = end - start
             place = torch.arange(n, device=DEVICE)

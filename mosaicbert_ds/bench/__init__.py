@@ -1,0 +1,1 @@
+"""Measurements of the hot path on the machine at hand."""

@@ -1,0 +1,314 @@
+"""Every kernel in bf16 on a GPU, over the shapes that training and finetuning meet.
+
+    python -m pytest -m gpu tests/kernels          (add `-n 8` to compile on eight cores)
+
+Truth is the reference arithmetic on float64 inputs; a kernel may be at most 1.2 times as far from it as the
+same reference in bf16. Inputs are fresh in each run, and memory is poisoned with NaN before each call.
+"""
+
+import pytest
+import torch
+
+from mosaicbert_ds.ops import reference
+
+pytest.importorskip("triton")
+
+from mosaicbert_ds.ops import attention_triton, dropout_layernorm_triton, geglu_triton, masked_lm_loss_triton
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+RATIO = 1.2
+# Of gradients that are zero in exact arithmetic (a token that attends to itself alone) only the size counts.
+FLOOR = 1e-5
+
+LENGTHS = [
+    *([n] for n in (1, 2, 15, 16, 17, 127, 128, 129, 511, 1024, 8192)),
+    [5, 16, 0, 9, 1],
+    [128, 1, 17, 0, 127, 64, 2, 90],
+    [1024, 1, 129, 0, 511, 2, 128],
+    [8192, 3, 700, 128],
+]
+
+
+def normal(*shape, scale=1.0):
+    return (torch.randn(*shape, device="cuda") * scale).bfloat16()
+
+
+def cu_seqlens_of(lengths):
+    return torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh memory holds NaN, so that an element which no kernel wrote shows."""
+
+    def poison(new):
+        def make(*args, **kwargs):
+            tensor = new(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return make
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+def run(function, inputs, weight, dtype):
+    inputs = [x.to(dtype).detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    torch.autograd.backward(out, weight.to(out.dtype))
+    return [out.detach(), *(x.grad for x in inputs)]
+
+
+def assert_as_exact_as_torch(kernel, plain, inputs, weight, split=None):
+    """`split` cuts a gradient into parts that are judged one by one."""
+    found = run(kernel, inputs, weight, torch.bfloat16)
+    torch_bf16 = run(plain, inputs, weight, torch.bfloat16)
+    truth = run(plain, inputs, weight, torch.float64)
+    for a, b, c in zip(found, torch_bf16, truth, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == c.shape
+        assert a.isfinite().all()
+        size = c.norm()
+        parts = (
+            zip(*(x.unbind(1) for x in (a, b, c)), strict=True) if c is truth[-1] and split else [(a, b, c)]
+        )
+        for x, y, z in parts:
+            ours, theirs = (x.double() - z).norm(), (y.double() - z).norm()
+            assert ours <= RATIO * theirs + FLOOR * size, f"{ours / size:.2e} against {theirs / size:.2e}"
+    return found
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda n: "-".join(map(str, n)))
+def test_attention_is_as_exact_as_torch(poisoned, lengths, head_dim):
+    tokens = sum(lengths)
+    for heads in [1, 3, 12, 16] if tokens < 1000 else [2, 12] if tokens < 5000 else [1]:
+        for trailing in (0, 37):
+            qkv = normal(tokens + trailing, 3, heads, head_dim)
+            qkv[tokens:] = float("nan")
+            slopes, cu_seqlens = reference.alibi_slopes(heads, "cuda"), cu_seqlens_of(lengths)
+            arguments = (slopes, cu_seqlens, max(lengths))
+            out, grad = assert_as_exact_as_torch(
+                lambda x, a=arguments: attention_triton.attention(x, *a),
+                lambda x, a=arguments: reference.attention(x, *a),
+                [qkv],
+                normal(tokens + trailing, heads, head_dim),
+                split=True,
+            )
+            assert not out[tokens:].any()
+            assert not grad[tokens:].any()
+
+
+def test_attention_of_large_scores_is_finite_and_as_exact_as_torch(poisoned):
+    """Logits of the size of a trained model's sharpest heads."""
+    for lengths in ([128, 77], [700, 300]):
+        qkv = normal(sum(lengths), 3, 4, 64, scale=4)
+        arguments = (reference.alibi_slopes(4, "cuda"), cu_seqlens_of(lengths), max(lengths))
+        assert_as_exact_as_torch(
+            lambda x, a=arguments: attention_triton.attention(x, *a),
+            lambda x, a=arguments: reference.attention(x, *a),
+            [qkv],
+            normal(sum(lengths), 4, 64),
+            split=True,
+        )
+
+
+def test_attention_gradients_have_the_same_bits_each_time():
+    for lengths in ([128, 77, 12], [700, 300]):
+        qkv, weight = normal(sum(lengths), 3, 12, 64), normal(sum(lengths), 12, 64)
+        arguments = (reference.alibi_slopes(12, "cuda"), cu_seqlens_of(lengths), max(lengths))
+        runs = [
+            run(lambda x, a=arguments: attention_triton.attention(x, *a), [qkv], weight, torch.bfloat16)
+            for _ in "ab"
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("length", [100, 300])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_attention_dropout_has_one_mask_for_both_passes(length, head_dim):
+    """With v the identity the output is the dropped probabilities, which shows the mask."""
+    heads, p = 3, 0.1
+    # Equal scores: every kept probability is far from zero in bf16, and the slopes are small.
+    slopes, cu_seqlens = torch.full((heads,), 1e-3, device="cuda"), cu_seqlens_of([length])
+    qkv = normal(length, 3, heads, head_dim, scale=0.3)
+    seed = torch.randint(2**62, (1,), device="cuda")
+    kept = torch.zeros(heads, length, length, device="cuda", dtype=torch.float64)
+    for first in range(0, length, head_dim):
+        probe = qkv.clone()
+        keys = torch.arange(length, device="cuda")[:, None] - first
+        probe[:, 2] = (keys == torch.arange(head_dim, device="cuda")).bfloat16()[:, None]
+        out = attention_triton._attention(probe, slopes, cu_seqlens, length, seed, p)[0]
+        width = min(head_dim, length - first)
+        kept[..., first : first + width] = (out.transpose(0, 1)[..., :width] > 0).double()
+    assert abs(kept.mean() - (1 - p)) < 4 * (p * (1 - p) / kept.numel()) ** 0.5
+
+    def masked(x):
+        """The reference with this mask in the place of its own dropout."""
+        q, k, v = x.permute(1, 2, 0, 3)
+        place = torch.arange(length, device="cuda")
+        scores = (q @ k.mT).float() * head_dim**-0.5 - slopes[:, None, None] * (place[:, None] - place).abs()
+        return ((scores.softmax(-1) * kept / (1 - p)).to(v.dtype) @ v).transpose(0, 1)
+
+    assert_as_exact_as_torch(
+        lambda x: attention_triton._attention(x, slopes, cu_seqlens, length, seed, p)[0],
+        masked,
+        [qkv],
+        normal(length, heads, head_dim),
+        split=True,
+    )
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 3072), (513, 3072), (16, 1024), (7, 4096), (3, 24)])
+def test_geglu_is_as_exact_as_torch(poisoned, rows, width):
+    assert_as_exact_as_torch(
+        geglu_triton.geglu, reference.geglu, [normal(rows, 2 * width)], normal(rows, width)
+    )
+
+
+def test_geglu_dropout_has_one_mask_for_both_passes(poisoned):
+    rows, width, p = 1000, 3072, 0.1
+    gate_value, seed = normal(rows, 2 * width), torch.randint(2**62, (1,), device="cuda")
+    keep = geglu_triton._geglu(torch.ones_like(gate_value), seed, p) != 0
+    assert abs(keep.double().mean() - (1 - p)) < 4 * (p * (1 - p) / keep.numel()) ** 0.5
+    assert_as_exact_as_torch(
+        lambda x: geglu_triton._geglu(x, seed, p),
+        lambda x: reference.geglu(x) * keep / (1 - p),
+        [gate_value],
+        normal(rows, width),
+    )
+
+
+def test_random_bits_of_neighbours_are_independent():
+    """Pairs within one Philox call, of neighbouring calls, of neighbouring rows and of two seeds."""
+    rows, width, p = 2048, 3072, 0.5
+    ones = torch.ones(rows, 2 * width, device="cuda", dtype=torch.bfloat16)
+    first, second = (
+        (geglu_triton._geglu(ones, torch.tensor([seed], device="cuda"), p) != 0).double() * 2 - 1
+        for seed in (11, 12)
+    )
+    pairs = [(first[:, :-d], first[:, d:]) for d in (1, 2, 3, 4, 5, 6, 7, 8, 64)]
+    pairs += [(first[:-1], first[1:]), (first, second)]
+    for a, b in pairs:
+        assert (a * b).mean().abs() < 5 / a.numel() ** 0.5
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 768), (5000, 768), (700, 1024), (3, 24)])
+def test_layer_norm_is_as_exact_as_torch(poisoned, rows, width):
+    inputs = [normal(rows, width), normal(rows, width), normal(width), normal(width)]
+    found = assert_as_exact_as_torch(
+        lambda *x: dropout_layernorm_triton.dropout_add_layer_norm(*x, 1e-12),
+        lambda x, r, w, b: (
+            torch.nn.functional.layer_norm(
+                x.double() + r.double(), (width,), w.double(), b.double(), 1e-12
+            ).to(x.dtype)
+            if x.dtype == torch.float64
+            else reference.dropout_add_layer_norm(x, r, w, b, 1e-12)
+        ),
+        inputs,
+        normal(rows, width),
+    )
+    again = run(
+        lambda *x: dropout_layernorm_triton.dropout_add_layer_norm(*x, 1e-12),
+        inputs,
+        normal(rows, width),
+        torch.bfloat16,
+    )
+    assert torch.equal(found[0], again[0])
+
+
+def test_layer_norm_dropout_has_one_mask_for_both_passes(poisoned):
+    rows, width, p = 3000, 768, 0.1
+    seed = torch.randint(2**62, (1,), device="cuda")
+    ones, zeros = torch.ones(width, device="cuda").bfloat16(), torch.zeros(width, device="cuda").bfloat16()
+    x = torch.ones(rows, width, device="cuda").bfloat16()
+    keep = dropout_layernorm_triton._layer_norm(x, torch.zeros_like(x), ones, zeros, seed, 1e-12, p)[0] > 0
+    assert abs(keep.double().mean() - (1 - p)) < 4 * (p * (1 - p) / keep.numel()) ** 0.5
+
+    def masked(x, r, w, b):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = x.to(wide) * keep / (1 - p) + r.to(wide)
+        return torch.nn.functional.layer_norm(total, (width,), w.to(wide), b.to(wide), 1e-12).to(x.dtype)
+
+    assert_as_exact_as_torch(
+        lambda *x: dropout_layernorm_triton._layer_norm(*x, seed, 1e-12, p)[0],
+        masked,
+        [normal(rows, width), normal(rows, width), normal(width), normal(width)],
+        normal(rows, width),
+    )
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 30528), (777, 30528), (64, 1000)])
+def test_loss_is_as_exact_as_torch(poisoned, rows, vocab):
+    hidden, weight, bias = normal(rows, 768), normal(vocab, 768, scale=0.05), normal(vocab)
+    labels = torch.randint(vocab, (rows,), device="cuda")
+    labels[rows // 2 :: 5] = reference.IGNORED_LABEL if rows > 1 else labels[0].item()
+    labels[:2] = torch.nn.functional.linear(hidden, weight, bias)[:2].argmax(-1)
+
+    def exact(h, w, b):
+        logits = torch.nn.functional.linear(h, w, b)
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum").to(torch.float32)
+
+    assert_as_exact_as_torch(
+        lambda *x: masked_lm_loss_triton.masked_lm_loss(*x, labels)[0],
+        lambda *x: exact(*x) if x[0].dtype == torch.float64 else reference.masked_lm_loss(*x, labels)[0],
+        [hidden, weight, bias],
+        torch.tensor(1 / 700, device="cuda"),
+    )
+    found, expected = (
+        f(hidden, weight, bias, labels)[1]
+        for f in (masked_lm_loss_triton.masked_lm_loss, reference.masked_lm_loss)
+    )
+    assert found == expected
+
+
+def _small_step(x, weight, slopes, cu_seqlens, dropout_p):
+    """Every operation once, as a layer chains them."""
+    heads = slopes.shape[0]
+    qkv = torch.nn.functional.linear(x, weight).unflatten(-1, (3, heads, -1))
+    context = attention_triton.attention(qkv, slopes, cu_seqlens, 100, dropout_p).flatten(1)
+    ones = torch.ones_like(context[0])
+    hidden = dropout_layernorm_triton.dropout_add_layer_norm(context, x, ones, ones, 1e-12, dropout_p)
+    gated = geglu_triton.geglu(torch.cat([hidden, hidden], 1), dropout_p)
+    labels = torch.arange(gated.shape[0], device=x.device) % 50
+    return masked_lm_loss_triton.masked_lm_loss(gated, weight[:64], weight[:64, 0], labels)[0]
+
+
+def test_compiled_the_operations_break_no_graph_and_give_the_same():
+    x, weight = normal(300, 128), normal(384, 128, scale=0.1)
+    arguments = (reference.alibi_slopes(2, "cuda"), cu_seqlens_of([100, 99, 80]))
+    plain = run(
+        lambda a, b: _small_step(a, b, *arguments, 0.0),
+        [x, weight],
+        torch.tensor(1.0, device="cuda"),
+        torch.bfloat16,
+    )
+    compiled = torch.compile(_small_step, fullgraph=True)
+    found = run(
+        lambda a, b: compiled(a, b, *arguments, 0.0),
+        [x, weight],
+        torch.tensor(1.0, device="cuda"),
+        torch.bfloat16,
+    )
+    for a, b in zip(found, plain, strict=True):
+        assert (a.double() - b.double()).norm() <= 1e-2 * b.double().norm()
+    compiled(x, weight, *arguments, 0.1)
+
+
+def test_replaying_a_cuda_graph_draws_fresh_masks():
+    gate_value = torch.ones(64, 512, device="cuda").bfloat16()
+    geglu_triton.geglu(gate_value, 0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = geglu_triton.geglu(gate_value, 0.5)
+    masks = []
+    for _ in range(2):
+        graph.replay()
+        masks.append(out.clone() != 0)
+    assert not torch.equal(*masks)
+    assert all(abs(mask.float().mean() - 0.5) < 0.05 for mask in masks)
