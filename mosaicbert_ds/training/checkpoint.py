@@ -16,6 +16,7 @@ Only the main rank touches the disk: hosts need no shared folder.
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -56,8 +57,15 @@ class Checkpoint:
     state: dict[str, Any]
 
     def open(self, kind: str) -> Any:
-        """The safetensors handle of "weights", "exp_avg" or "exp_avg_sq": `.keys()`, `.get_tensor(name)`."""
-        return safe_open(self.path / f"{kind}.safetensors", framework="pt")
+        """The safetensors handle of "weights", "exp_avg" or "exp_avg_sq": `.keys()`, `.get_tensor(name)`.
+
+        Raises CheckpointError if the run has removed the step meanwhile.
+        """
+        file = self.path / f"{kind}.safetensors"
+        try:
+            return safe_open(file, framework="pt")
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read any more: {error}") from None
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -66,8 +74,14 @@ def step_folder(root: Path, step: int) -> Path:
 
 def saved_steps(root: Path) -> list[Path]:
     """Folders of finished steps, newest first."""
-    folders = [path for path in root.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+    folders = [
+        path for path in root.glob("step-*") if path.is_dir() and re.fullmatch("[0-9]+", path.name[5:])
+    ]
+    return sorted(folders, key=step_number, reverse=True)
+
+
+def step_number(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def newest_verified(root: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -80,6 +94,8 @@ def newest_verified(root: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             return open_verified(path), complaints
         except CheckpointError as error:
+            if not path.exists():  # removed by a run that goes on meanwhile, after it wrote a newer one
+                return newest_verified(root)
             complaints.append(f"{error}; trying an older step")
     if complaints:
         raise CheckpointError(f"no checkpoint in {root} is whole: " + "; ".join(complaints))
@@ -110,11 +126,8 @@ def open_verified(path: Path) -> Checkpoint:
     if not isinstance(listed, dict) or set(listed) != expected:
         raise CheckpointError(f"{path / 'manifest.json'} does not list exactly {', '.join(sorted(expected))}")
     for name in sorted(expected):
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if listed[name] != {"bytes": file.stat().st_size, "sha256": _sha256(file)}:
-            raise CheckpointError(f"{file} does not match its size and sha256 in manifest.json")
+        if listed[name] != _size_and_sha256(path / name):
+            raise CheckpointError(f"{path / name} does not match its size and sha256 in manifest.json")
     state = _read_json(path / "state.json")
     if step_folder(path.parent, state["progress"]["step"]).name != path.name:
         raise CheckpointError(f"{path} holds step {state['progress']['step']}, not the step of its name")
@@ -126,38 +139,76 @@ def write_step(
 ) -> Path:
     """Write a step so that it is either whole or absent, whenever the machine stops.
 
-    tensors: kind -> parameter name -> contiguous fp32 CPU tensor. Returns the step's folder.
+    tensors: kind -> parameter name -> contiguous fp32 CPU tensor. Returns the step's folder. Raises
+    CheckpointError if the disk does not take it; the older steps are untouched then.
     """
     final = step_folder(root, step)
     temporary = final.with_name(final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    files = {}
-    for kind, named in tensors.items():
-        files[f"{kind}.safetensors"] = _write(temporary / f"{kind}.safetensors", _safetensors_bytes(named))
-    files["state.json"] = _write(temporary / "state.json", [_json_bytes(state)])
-    _write(temporary / "manifest.json", [_json_bytes({"format": FORMAT, "files": files})])
-    _fsync_folder(temporary)
-    if final.exists():  # this step was saved before, then found damaged, and trained again
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _fsync_folder(root)
-    hint = root / "latest.tmp"
-    _write(hint, [final.name.encode() + b"\n"])
-    hint.rename(root / "latest")
+    try:
+        make_folder(root)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        files = {}
+        for kind, named in tensors.items():
+            files[f"{kind}.safetensors"] = _write(
+                temporary / f"{kind}.safetensors", _safetensors_bytes(named)
+            )
+        files["state.json"] = _write(temporary / "state.json", [_json_bytes(state)])
+        _write(temporary / "manifest.json", [_json_bytes({"format": FORMAT, "files": files})])
+        _fsync_folder(temporary)
+        if final.exists():  # this step was saved before, then found damaged, and trained again
+            _remove(final)
+        temporary.rename(final)
+        _fsync_folder(root)
+        hint = root / "latest.tmp"
+        _write(hint, [final.name.encode() + b"\n"])
+        hint.rename(root / "latest")
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # what it holds may be the room that is missing
+        size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        raise CheckpointError(
+            f"{final}, {size:,} bytes, could not be written: {error.strerror or error}; mend that or make "
+            "room, then start the same command again: it goes on from the newest whole step"
+        ) from error
     return final
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Remove steps beyond the `keep_last` newest, but those whose state says `kept`, and what
-    interrupted saves left behind. A folder being removed is renamed first, so that a reader never
-    finds half a step."""
-    for path in saved_steps(root)[keep_last:]:
-        if not _read_json(path / "state.json")["kept"]:
-            path.rename(doomed := path.with_name(path.name + ".old"))
-            shutil.rmtree(doomed)
+def prune(root: Path, newest: int, keep_last: int) -> None:
+    """Remove what interrupted saves and removals left behind, and the steps beyond the `keep_last`
+    newest, but those whose state says `kept`.
+
+    newest: the step just written. Steps past it were found damaged: they do not count, or the ones
+    removed for them would be whole.
+    """
     for leftover in (*root.glob("step-*.tmp"), *root.glob("step-*.old")):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
+    for path in [path for path in saved_steps(root) if step_number(path) <= newest][keep_last:]:
+        if not _is_kept(path):
+            _remove(path)
+
+
+def make_folder(path: Path) -> None:
+    """`mkdir -p` that a power cut does not undo: a folder is there once the one above it says so."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _fsync_folder(path.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first, so that a reader never finds half a step. What cannot be deleted (a file open
+    elsewhere on NFS) is tried again by the next `prune`."""
+    doomed = folder.with_name(folder.name + ".old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _is_kept(folder: Path) -> bool:
+    try:
+        return bool(_read_json(folder / "state.json").get("kept", True))
+    except CheckpointError:
+        return True  # nobody knows: leave it alone
 
 
 class BackgroundWriter:
@@ -183,7 +234,7 @@ class BackgroundWriter:
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise CheckpointError(f"the checkpoint could not be written: {error}") from error
+            raise error
 
     def _run(self, write: Callable[[], None]) -> None:
         try:
@@ -234,19 +285,26 @@ def _json_bytes(value: Any) -> bytes:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        tree = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} holds {type(tree).__name__}, not an object")
+    return tree
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def _size_and_sha256(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_READ_BLOCK):
+                digest.update(block)
+                size += len(block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _fsync_folder(path: Path) -> None:

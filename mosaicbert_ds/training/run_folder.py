@@ -20,6 +20,7 @@ import torch
 
 from mosaicbert_ds import dist
 from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.training.checkpoint import make_folder
 
 _PACKAGES = ("mosaicbert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy")
 
@@ -27,7 +28,7 @@ _PACKAGES = ("mosaicbert-ds", "torch", "deepspeed", "triton", "transformers", "t
 def open_run_folder(run: Path, recipe_yaml: str, ds_config: dict[str, Any], tokenizer: Path) -> None:
     """Make the folder and write down what this start is. Raises ConfigError if it cannot be written."""
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         (run / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         (run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
         shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)

@@ -54,7 +54,7 @@ class Saver:
 
         def write() -> None:
             disk.write_step(self._root, step, tensors, state)
-            disk.prune(self._root, self._config.keep_last)
+            disk.prune(self._root, step, self._config.keep_last)
 
         self._writer.submit(write)
 
@@ -80,7 +80,14 @@ def choose_checkpoint(resume: str, root: Path) -> tuple[disk.Checkpoint | None, 
     path = Path(resume)
     if not path.is_dir():
         raise CheckpointError(f"--resume is '{resume}'; allowed are auto, never or the folder of a step")
-    return disk.open_verified(path), []
+    checkpoint = disk.open_verified(path)
+    newest = next(iter(disk.saved_steps(root)), None)
+    if newest and disk.step_number(newest) > checkpoint.state["progress"]["step"]:
+        raise CheckpointError(
+            f"{newest} is further than {path}, and the next start would take it; give --resume auto to go on "
+            "from there, another --out, or remove the steps after the one to go on from"
+        )
+    return checkpoint, []
 
 
 def check_fits(checkpoint: disk.Checkpoint, facts: dict[str, Any]) -> list[str]:
