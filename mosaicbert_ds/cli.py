@@ -90,6 +90,13 @@ def _import(args: argparse.Namespace) -> None:
     print(f"{args.source} imported to {args.out}")
 
 
+def _plot(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.training.plot import plot_loss
+
+    plot_loss(args.runs, args.out)
+    print(f"loss curve in {args.out}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mosaicbert",
@@ -166,6 +173,12 @@ def _parser() -> argparse.ArgumentParser:
         "--trust-pickle",
         action="store_true",
         help="read pytorch_model.bin; only for a file whose author you trust",
+    )
+
+    command = _command(commands, "plot", _plot, "draw the loss curve of one or several runs")
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs' folders")
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf"
     )
     return parser
 
