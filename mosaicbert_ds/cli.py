@@ -13,7 +13,8 @@ from mosaicbert_ds.errors import UserError
 _EXIT_USER_ERROR = 2
 _HOW_TO_PRETRAIN = """\
 To pretrain, start the script below with DeepSpeed's launcher:
-  deepspeed mosaicbert_ds/pretrain.py --recipe mosaicbert-base --data SHARDS --out RUN [key=value ...]
+  deepspeed mosaicbert_ds/pretrain.py --recipe mosaicbert-base --data SHARDS --out RUN
+and see its --help.
 """
 _SOURCES = "files or folders of .txt, .jsonl or .parquet (.gz .zst .xz .bz2 too), or hf:PATH[:CONFIG]:SPLIT"
 
@@ -158,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         help="evaluate on these documents instead",
     )
     command = _command(actions, "verify", _verify_data, "check every shard against its sha256")
-    command.add_argument("folder", type=Path, metavar="DIR")
+    command.add_argument("folder", type=Path, metavar="DIR", help="folder of `mosaicbert data prepare`")
 
     command = _command(commands, "export", _export, "write a run's model as a Hugging Face folder")
     command.add_argument(
