@@ -6,6 +6,7 @@ that is not known here, is refused: DeepSpeed itself accepts a misspelt top-leve
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,6 +115,12 @@ def resolve_ds_config(tree: dict[str, Any], config: EngineConfig, plan: BatchPla
     }
 
 
+def name_accelerator() -> None:
+    """Before DeepSpeed's import: name the CPU where there is no GPU, or it warns on every rank."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def zero_stage(tree: dict[str, Any]) -> int:
     return tree["zero_optimization"]["stage"]
 
@@ -141,6 +148,7 @@ def _check_zero(block: dict[str, Any], path: Path) -> None:
     if type(block.get("stage")) is not int:
         given = json.dumps(block.get("stage"))
         raise ConfigError(f"{path}: zero_optimization.stage is {given}; allowed are 0, 1, 2 and 3")
+    name_accelerator()
     # Imported late: a recipe can be read and a plan made on a machine without DeepSpeed's 2 s start.
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 

@@ -8,6 +8,7 @@ fp32 weight and Adam's two moments, full shape (`gather`, `scatter`), and one co
 import datetime
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from mosaicbert_ds import dist
 from mosaicbert_ds.errors import ConfigError, TrainingError
+from mosaicbert_ds.training.ds_config import name_accelerator
 from mosaicbert_ds.training.optimizer import OptimizerConfig, build_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's first and second, by torch's names
@@ -53,11 +55,12 @@ def init_distributed() -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": 29500,
     }
-    if not on_gpu:
-        defaults["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported, hence before
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
     _refuse_stale_build_locks()
+    name_accelerator()
+    # DeepSpeed calls collectives by their former names; torch says so on every rank.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
 
     if on_gpu:

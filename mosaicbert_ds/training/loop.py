@@ -140,7 +140,7 @@ def fit(
                 )
         progress.elapsed_s = elapsed_before_s + time.perf_counter() - started_s
         if telemetry and (dollars := rates.dollars(progress.elapsed_s)) is not None:
-            telemetry.scalars(after, {"cost/dollars": dollars, "cost/hours": progress.elapsed_s / 3600})
+            telemetry.scalars(after, {"run/dollars": dollars, "run/hours": progress.elapsed_s / 3600})
         if save_is_due or stopping:
             saver.save(engine, progress, before, last=is_last)
         if stopping and not is_last:

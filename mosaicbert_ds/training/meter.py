@@ -76,8 +76,8 @@ class Window:
             "speed/mfu_real": rates.mfu(tokens / seconds),
             "speed/mfu_padded": rates.mfu(padded / seconds),
             "speed/step_time_s": seconds / max(self.steps, 1),
-            "data/padding_share": 1 - tokens / padded,
-            "data/wait_share": self.data_wait_s / seconds,
+            "speed/padding_share": 1 - tokens / padded,
+            "speed/data_wait_share": self.data_wait_s / seconds,
         }
         return {tag: value for tag, value in values.items() if value is not None}
 

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from mosaicbert_ds.training.plan import BatchPlan, Count
 from mosaicbert_ds.typed_yaml import recipe_part
 
-# What the Custom Scalars page shows, in this order.
+# What the Custom Scalars page shows, in this order. (The Time Series page sorts tags by their first word
+# and opens the first two groups: "evaluation" is one of them.)
 _DASHBOARD = {
     "Learning": {
-        "loss (training at its mask rate, evaluation at 15 %, unigram entropy)": [
+        "loss: training, evaluation, unigram entropy": [
             "Multiline",
             ["train/loss", "evaluation/loss", "evaluation/unigram_entropy"],
         ],
@@ -31,13 +32,13 @@ _DASHBOARD = {
         "samples/s": ["Multiline", ["speed/samples_per_s"]],
         "tokens/s": ["Multiline", ["speed/tokens_per_s_real", "speed/tokens_per_s_padded"]],
         "MFU": ["Multiline", ["speed/mfu_real", "speed/mfu_padded"]],
-        "dollars so far": ["Multiline", ["cost/dollars"]],
-        "waiting for data, share of time": ["Multiline", ["data/wait_share"]],
+        "dollars so far": ["Multiline", ["run/dollars"]],
+        "waiting for data, share of time": ["Multiline", ["speed/data_wait_share"]],
     },
     "Schedule": {
         "learning rate": ["Multiline", ["schedule/learning_rate"]],
         "mask rate": ["Multiline", ["schedule/mask_rate"]],
-        "padding share": ["Multiline", ["data/padding_share"]],
+        "padding share": ["Multiline", ["speed/padding_share"]],
         "memory, GiB": ["Multiline", [r"memory/.*"]],
     },
 }
@@ -61,7 +62,7 @@ class Telemetry:
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = _open_after(folder / "metrics.jsonl", resumed_at)
         # purge_step hides what an interrupted run wrote beyond the step that this one goes on from.
-        self._board = SummaryWriter(folder / "tensorboard", purge_step=resumed_at + 1 if resumed_at else None)
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=resumed_at + 1)
         self._board.add_custom_scalars(_DASHBOARD)
         self._board.add_text(
             "recipe", "\n".join("    " + line for line in recipe_text.splitlines()), resumed_at
@@ -119,17 +120,20 @@ def _open_after(path: Path, samples_seen: int) -> Any:
     """Open metrics.jsonl for appending, without the lines past `samples_seen`: an interrupted run
     wrote them after its last checkpoint, and they will be written again."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        path.write_text(
+        # A power cut may leave anything at the end, also what is no text.
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = path.with_name(path.name + ".kept")
+        kept.write_text(
             "".join(line + "\n" for line in lines if _is_before(line, samples_seen)), encoding="utf-8"
         )
+        kept.replace(path)  # whole or not at all: the run may be killed here too
     return path.open("a", encoding="utf-8")
 
 
 def _is_before(line: str, samples_seen: int) -> bool:
     try:
         return json.loads(line)["samples_seen"] <= samples_seen
-    except (json.JSONDecodeError, KeyError):  # the half line that a killed run wrote last
+    except (json.JSONDecodeError, KeyError, TypeError):  # the half line that a killed run wrote last
         return False
 
 
