@@ -511,27 +511,27 @@ def test_what_a_killed_process_left_behind_is_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
 
 
-def _save_many(root: Path, count: int) -> None:
-    for step in range(2, count):
+def _save_and_remove_for_ever(root: Path) -> None:
+    for step in range(2, 1 << 30):
         save(root, step)
         prune(root, step, keep_last=1)
 
 
 def test_a_reader_beside_a_running_run_never_sees_half_a_step(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    writer = multiprocessing.get_context("fork").Process(target=_save_many, args=(tmp_path, 400))
+    writer = multiprocessing.get_context("fork").Process(target=_save_and_remove_for_ever, args=(tmp_path,))
     writer.start()
-    last, seen = 1, set()
-    while writer.is_alive():
+    seen = [1]
+    while len(seen) < 150:
+        assert writer.is_alive()
         found, complaints = newest_verified(tmp_path)
         assert found is not None and complaints == []
         step = found.state["progress"]["step"]
-        assert step >= last
-        seen.add(step)
-        last = step
+        assert step >= seen[-1]
+        if step > seen[-1]:
+            seen.append(step)
+    writer.kill()
     writer.join()
-    assert writer.exitcode == 0
-    assert len(seen) > 20, "the reader was there while steps came and went"
 
 
 def test_going_back_in_a_run_that_has_newer_steps_is_refused(tmp_path: Path) -> None:
