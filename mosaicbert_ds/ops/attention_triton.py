@@ -10,7 +10,7 @@ gradients are written into one tensor of that shape. Of the scores only LSE_i = 
 kept, (heads, tokens) fp32. Nothing is summed with atomics, so gradients have the same bits each time.
 
 - Up to 128 tokens a sequence one program owns a whole (sequence, head): the forward pass reads 3 rows of
-  head_dim a token and writes 1, the backward pass computes dQ, dK and dV at once and reads 5, writes 3. At
+  head_dim a token and writes 1, the backward pass computes dQ, dK and dV at once and reads 4, writes 3. At
   head_dim 64 that is memory-bound; what it takes is few instructions a score and several programs an SM.
 - Longer sequences go by blocks of queries and keys (forward and dQ: a program owns queries and walks over
   keys; dK and dV: a program owns keys and walks over queries).
@@ -48,12 +48,13 @@ class Launch(NamedTuple):
     stages: int
 
 
-ONE_TILE_FORWARD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # by the tile's length
-ONE_TILE_BACKWARD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
+ONE_TILE_WARPS = {16: (1, 1), 32: (2, 2), 64: (4, 4), 128: (4, 8)}  # forward, backward, by the tile's length
+# A thread's registers in the forward pass, at most: four programs an SM. The backward pass would only spill.
+ONE_TILE_FORWARD_REGISTERS = 128
 FORWARD = {
     16: Launch(128, 64, 4, 3),
     32: Launch(128, 64, 4, 3),
-    64: Launch(128, 64, 4, 3),
+    64: Launch(128, 64, 8, 3),
     128: Launch(128, 64, 8, 2),
 }
 BACKWARD_DQ = {
@@ -65,7 +66,7 @@ BACKWARD_DQ = {
 BACKWARD_DKV = {
     16: Launch(64, 128, 4, 3),
     32: Launch(64, 128, 4, 3),
-    64: Launch(64, 128, 8, 3),
+    64: Launch(32, 128, 4, 3),
     128: Launch(64, 128, 8, 2),
 }
 
@@ -122,7 +123,7 @@ def _keep(
 def _one_tile_forward(
     qkv, out, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences, scale,
     stride_token, stride_part, stride_head,
-    heads, HEAD_DIM: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
+    heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % heads
     sequence = tl.program_id(0) // heads
@@ -132,32 +133,35 @@ def _one_tile_forward(
     index = tl.arange(0, N)
 
     base = qkv + first.to(tl.int64) * stride_token + head * stride_head
-    q = _load_rows(base, index, stride_token, length, HEAD_DIM)
     k = _load_rows(base + stride_part, index, stride_token, length, HEAD_DIM)
     v = _load_rows(base + 2 * stride_part, index, stride_token, length, HEAD_DIM)
-
     position = _positions(index, length)
-    s = _dot(q, tl.trans(k)) * scale + _bias(index.to(tl.float32)[:, None], position[None, :], slope)
-    top = tl.max(s, axis=1)
-    p = tl.exp2(s - top[:, None])
-    total = tl.sum(p, axis=1)
-    norm = 1.0 / total
-    if THRESHOLD > 0:
-        p = tl.where(_keep(seed, first, head, 0, 0, THRESHOLD, N, N), p, 0.0)
-        norm *= keep_scale(THRESHOLD)
-    o = _dot(p.to(v.dtype), v) * norm[:, None]
-
     stride_out = heads * HEAD_DIM
     target = out + head * HEAD_DIM
-    _store_rows(target + first.to(tl.int64) * stride_out, index, stride_out, length, o, HEAD_DIM)
-    tl.store(lse + head.to(tl.int64) * num_tokens + first + index, top + tl.log2(total), index < length)
+    # Queries by halves: fewer registers, so more programs an SM, and a short sequence skips the second half.
+    for start in range(0, length, M):
+        query = start + tl.arange(0, M)
+        q = _load_rows(base, query, stride_token, length, HEAD_DIM)
+        s = _dot(q, tl.trans(k)) * scale
+        s += _bias(query.to(tl.float32)[:, None], position[None, :], slope)
+        top = tl.max(s, axis=1)
+        p = tl.exp2(s - top[:, None])
+        total = tl.sum(p, axis=1)
+        norm = 1.0 / total
+        if THRESHOLD > 0:
+            p = tl.where(_keep(seed, first, head, start, 0, THRESHOLD, M, N), p, 0.0)
+            norm *= keep_scale(THRESHOLD)
+        o = _dot(p.to(v.dtype), v) * norm[:, None]
+        _store_rows(target + first.to(tl.int64) * stride_out, query, stride_out, length, o, HEAD_DIM)
+        place = lse + head.to(tl.int64) * num_tokens + first + query
+        tl.store(place, top + tl.log2(total), query < length)
     tail = tl.load(cu_seqlens + num_sequences)
     _zero_tail(target, stride_out, tail, num_tokens, sequence, num_sequences, N, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=SHAPE)
 def _one_tile_backward(
-    qkv, out, d_out, d_qkv, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences, scale, softmax_scale,
+    qkv, d_out, d_qkv, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences, scale, softmax_scale,
     stride_token, stride_part, stride_head,
     heads, HEAD_DIM: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -175,31 +179,31 @@ def _one_tile_backward(
     q = _load_rows(base, index, stride_token, length, HEAD_DIM)
     d_o = _load_rows(d_out + from_out, index, stride_out, length, HEAD_DIM)
     v = _load_rows(base + 2 * stride_part, index, stride_token, length, HEAD_DIM)
-    o = _load_rows(out + from_out, index, stride_out, length, HEAD_DIM)
     log_sum = tl.load(lse + head.to(tl.int64) * num_tokens + first + index, index < length, other=0.0)
-    delta = tl.sum(o.to(tl.float32) * d_o.to(tl.float32), axis=1)
 
     stride_grad = 3 * heads * HEAD_DIM
     target = d_qkv + head * HEAD_DIM
     here = target + first.to(tl.int64) * stride_grad
-    # Keys down, queries across: P^T and dS^T are then left factors as they lie in registers.
     position = _positions(index, length)
-    s = _dot(k, tl.trans(q)) * scale + _bias(index.to(tl.float32)[None, :], position[:, None], slope)
-    p = tl.exp2(s - log_sum[None, :])
+    s = _dot(q, tl.trans(k)) * scale + _bias(index.to(tl.float32)[:, None], position[None, :], slope)
+    p = tl.exp2(s - log_sum[:, None])
     if THRESHOLD > 0:
-        keep = tl.trans(_keep(seed, first, head, 0, 0, THRESHOLD, N, N))
+        keep = _keep(seed, first, head, 0, 0, THRESHOLD, N, N)
         dropped = tl.where(keep, p * keep_scale(THRESHOLD), 0.0)
-        d_v = _dot(dropped.to(d_o.dtype), d_o)
+        d_v = _dot(tl.trans(dropped.to(d_o.dtype)), d_o)
     else:
-        d_v = _dot(p.to(d_o.dtype), d_o)
+        d_v = _dot(tl.trans(p.to(d_o.dtype)), d_o)
     _store_rows(here + 2 * heads * HEAD_DIM, index, stride_grad, length, d_v, HEAD_DIM)
-    d_p = _dot(v, tl.trans(d_o))
+    d_p = _dot(d_o, tl.trans(v))
     if THRESHOLD > 0:
         d_p = tl.where(keep, d_p * keep_scale(THRESHOLD), 0.0)
-    d_s = (p * (d_p - delta[None, :])).to(k.dtype)
-    d_k = _dot(d_s, q) * softmax_scale
+    # rowsum(dO O) from the probabilities at hand. From O rounded to bf16 the gradients of sequences of two or
+    # three tokens would be 1.2 to 1.4 times as far off as PyTorch's.
+    delta = tl.sum(p * d_p, axis=1)
+    d_s = (p * (d_p - delta[:, None])).to(k.dtype)
+    d_k = _dot(tl.trans(d_s), q) * softmax_scale
     _store_rows(here + heads * HEAD_DIM, index, stride_grad, length, d_k, HEAD_DIM)
-    d_q = _dot(tl.trans(d_s), k) * softmax_scale
+    d_q = _dot(d_s, k) * softmax_scale
     _store_rows(here, index, stride_grad, length, d_q, HEAD_DIM)
 
     tail = tl.load(cu_seqlens + num_sequences)
@@ -398,7 +402,8 @@ def _attention(
     if tile:
         _one_tile_forward[(num_sequences * heads,)](
             *arguments, scale, *qkv.stride()[:3],
-            heads, head_dim, tile, threshold, num_warps=ONE_TILE_FORWARD_WARPS[tile],
+            heads, head_dim, min(tile, 64), tile, threshold, num_warps=ONE_TILE_WARPS[tile][0], num_stages=1,
+            maxnreg=ONE_TILE_FORWARD_REGISTERS if tile == ONE_TILE_LENGTH and head_dim <= 64 else None,
         )  # fmt: skip
         return out, lse
     launch = FORWARD[head_dim]
@@ -429,9 +434,9 @@ def _attention_backward(
     tile = _one_tile(max_seqlen)
     if tile:
         _one_tile_backward[(num_sequences * heads,)](
-            qkv, out, d_out, d_qkv, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences,
+            qkv, d_out, d_qkv, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences,
             scale, softmax_scale, *qkv.stride()[:3],
-            heads, head_dim, tile, threshold, num_warps=ONE_TILE_BACKWARD_WARPS[tile],
+            heads, head_dim, tile, threshold, num_warps=ONE_TILE_WARPS[tile][1], num_stages=1,
         )  # fmt: skip
         return d_qkv
     delta = torch.empty_like(lse)

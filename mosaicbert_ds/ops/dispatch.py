@@ -59,7 +59,7 @@ def _on_triton(x: Tensor) -> bool:
     return x.is_cuda and _cuda_backend() == "triton"
 
 
-# Triton is imported inside, by the first call that needs it: it takes a second and is absent on many machines.
+# Triton is imported inside, by the first call that needs it: that takes a second, and many machines lack it.
 
 
 def attention(

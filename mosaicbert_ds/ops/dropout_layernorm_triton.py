@@ -1,4 +1,4 @@
-"""Dropout, residual and LayerNorm in one pass: y = weight * (h - mean(h)) / std(h) + bias, h = dropout(x) + r.
+"""Dropout, residual and LayerNorm in one pass: y = weight (h - mean(h)) / std(h) + bias, h = dropout(x) + r.
 
 With n the normalised row, g = dy * weight and all means over the row:
 
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold, keep_mask, keep_scale
 
-# Rows of a tile and warps: the fastest of those tried on an H200 at width 768. One warp holds a whole row, so
-# its means need no shared memory.
-FORWARD_ROWS, FORWARD_WARPS = 1, 1
-BACKWARD_ROWS, BACKWARD_WARPS = 1, 1
-BACKWARD_PROGRAMS = 132 * 16  # fixed, so that the order of the sums is the same on every GPU
+# The fastest of those tried on an H200 at width 768. One warp holds a whole row, so its means need no shared
+# memory, and a program walks over many rows, so that weight and bias are read once.
+ROWS, WARPS = 1, 1
+FORWARD_PROGRAMS, FORWARD_STAGES = 132 * 16, 1
+BACKWARD_PROGRAMS, BACKWARD_STAGES = 132 * 8, 1  # fixed: the order of the sums is the same on every GPU
 
 
 @triton.jit
@@ -47,28 +47,31 @@ def _sum_of(
 def _forward_kernel(
     x, residual, weight, bias, out, mean_out, rstd_out, seed, num_rows, eps,
     width: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    mask = (row < num_rows) & (column < width)
-    h, _ = _sum_of(x, residual, seed, row, column, mask, width, THRESHOLD, ROWS, COLUMNS)
-    mean = tl.sum(h, axis=1, keep_dims=True) / width
-    centred = tl.where(column < width, h - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / width
-    rstd = 1.0 / tl.sqrt(variance + eps)
-    scale = tl.load(weight + column, column < width, other=0.0).to(tl.float32)
-    shift = tl.load(bias + column, column < width, other=0.0).to(tl.float32)
-    y = centred * rstd * scale + shift
-    tl.store(out + row.to(tl.int64) * width + column, y.to(out.dtype.element_ty), mask)
-    tl.store(mean_out + row, mean, row < num_rows)
-    tl.store(rstd_out + row, rstd, row < num_rows)
+    inside = column < width
+    scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, inside, other=0.0).to(tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, num_rows, PROGRAMS * ROWS, num_stages=STAGES):
+        row = first + tl.arange(0, ROWS)[:, None]
+        mask = (row < num_rows) & inside
+        h, _ = _sum_of(x, residual, seed, row, column, mask, width, THRESHOLD, ROWS, COLUMNS)
+        mean = tl.sum(h, axis=1, keep_dims=True) / width
+        centred = tl.where(inside, h - mean, 0.0)
+        variance = tl.sum(centred * centred, axis=1, keep_dims=True) / width
+        rstd = 1.0 / tl.sqrt(variance + eps)
+        y = centred * rstd * scale + shift
+        tl.store(out + row.to(tl.int64) * width + column, y.to(out.dtype.element_ty), mask)
+        tl.store(mean_out + row, mean, row < num_rows)
+        tl.store(rstd_out + row, rstd, row < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_kernel(
     x, residual, weight, d_out, mean_in, rstd_in, d_x, d_residual, partial, seed, num_rows,
     width: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     column = tl.arange(0, COLUMNS)[None, :]
@@ -76,7 +79,7 @@ def _backward_kernel(
     scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
     d_weight = tl.zeros([ROWS, COLUMNS], tl.float32)
     d_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in tl.range(program * ROWS, num_rows, PROGRAMS * ROWS):
+    for first in tl.range(program * ROWS, num_rows, PROGRAMS * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < num_rows) & inside
         place = row.to(tl.int64) * width + column
@@ -116,10 +119,11 @@ def _layer_norm(
     out = torch.empty_like(x)
     mean, rstd = (torch.empty(num_rows, device=x.device, dtype=torch.float32) for _ in range(2))
     if num_rows:
-        _forward_kernel[(triton.cdiv(num_rows, FORWARD_ROWS),)](
+        programs = min(FORWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
+        _forward_kernel[(programs,)](
             x, residual, weight, bias, out, mean, rstd, seed, num_rows, eps,
-            width, drop_threshold(dropout_p), FORWARD_ROWS, triton.next_power_of_2(max(width, 8)),
-            num_warps=FORWARD_WARPS,
+            width, drop_threshold(dropout_p), ROWS, triton.next_power_of_2(max(width, 8)),
+            programs, FORWARD_STAGES, num_warps=WARPS,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -135,12 +139,12 @@ def _layer_norm_backward(
     threshold = drop_threshold(dropout_p)
     d_x = torch.empty_like(x)
     d_residual = torch.empty_like(x) if threshold else x.new_empty(0)
-    programs = max(1, min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, BACKWARD_ROWS)))
+    programs = max(1, min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS)))
     partial = torch.empty(programs, 2, width, device=x.device, dtype=torch.float32)
     _backward_kernel[(programs,)](
         x, residual, weight, d_out, mean, rstd, d_x, d_residual, partial, seed, num_rows,
-        width, threshold, BACKWARD_ROWS, triton.next_power_of_2(max(width, 8)), programs,
-        num_warps=BACKWARD_WARPS,
+        width, threshold, ROWS, triton.next_power_of_2(max(width, 8)),
+        programs, BACKWARD_STAGES, num_warps=WARPS,
     )  # fmt: skip
     return d_x, d_residual, partial.sum(0)
 

@@ -48,7 +48,8 @@ def poisoned(monkeypatch):
     def poison(new):
         def make(*args, **kwargs):
             tensor = new(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            poison_it = tensor.is_floating_point() and not tensor.requires_grad
+            return tensor.fill_(float("nan")) if poison_it else tensor
 
         return make
 
@@ -86,6 +87,8 @@ def assert_as_exact_as_torch(kernel, plain, inputs, weight, split=None):
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda n: "-".join(map(str, n)))
 def test_attention_is_as_exact_as_torch(poisoned, lengths, head_dim):
+    # A few tokens alone would compare chance with chance.
+    lengths = lengths * max(1, 512 // sum(lengths))
     tokens = sum(lengths)
     for heads in [1, 3, 12, 16] if tokens < 1000 else [2, 12] if tokens < 5000 else [1]:
         for trailing in (0, 37):
@@ -243,11 +246,11 @@ def test_layer_norm_dropout_has_one_mask_for_both_passes(poisoned):
     )
 
 
-@pytest.mark.parametrize(("rows", "vocab"), [(1, 30528), (777, 30528), (64, 1000)])
+@pytest.mark.parametrize(("rows", "vocab"), [(50, 30528), (777, 30528), (64, 1000)])
 def test_loss_is_as_exact_as_torch(poisoned, rows, vocab):
     hidden, weight, bias = normal(rows, 768), normal(vocab, 768, scale=0.05), normal(vocab)
     labels = torch.randint(vocab, (rows,), device="cuda")
-    labels[rows // 2 :: 5] = reference.IGNORED_LABEL if rows > 1 else labels[0].item()
+    labels[rows // 2 :: 5] = reference.IGNORED_LABEL
     labels[:2] = torch.nn.functional.linear(hidden, weight, bias)[:2].argmax(-1)
 
     def exact(h, w, b):
