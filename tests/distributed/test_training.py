@@ -58,10 +58,11 @@ def _train_and_resume(recipe: Path, data: Path, folder: Path) -> None:
         whole, resumed = folder / f"{stage}-{precision}", folder / f"{stage}-{precision}-resumed"
         train(recipe, data, whole, *arguments)
         if dist.is_main():
-            shutil.copytree(whole / "checkpoints" / "step-00000004", resumed / "checkpoints" / "step-00000004")
+            shutil.copytree(
+                whole / "checkpoints" / "step-00000004", resumed / "checkpoints" / "step-00000004"
+            )
         dist.barrier()
         train(recipe, data, resumed, *arguments)
-    # A checkpoint of 2 ranks and micro batch 2 trained on at stage 1: what other rank counts start from.
 
 
 def test_resume_gives_the_same_losses_and_weights_bit_for_bit(
@@ -78,7 +79,10 @@ def test_resume_gives_the_same_losses_and_weights_bit_for_bit(
         last = Path("checkpoints") / "step-00000008"
         for kind in ("weights", "exp_avg", "exp_avg_sq"):
             name = f"{kind}.safetensors"
-            assert manifest_files(whole / last)[name] == manifest_files(resumed / last)[name], (stage, precision)
+            assert manifest_files(whole / last)[name] == manifest_files(resumed / last)[name], (
+                stage,
+                precision,
+            )
         assert json.loads((whole / last / "state.json").read_text())["adam_steps"] == 8, (stage, precision)
     # The stages differ in the order of sums alone: 1e-5 is 100 roundings of fp32, 1e-3 a quarter of
     # bf16's own step.
