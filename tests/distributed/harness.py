@@ -20,8 +20,9 @@ def free_port() -> int:
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `function(*args)` on `world_size` ranks and return what each gave, in rank order.
 
-    `function` is importable; it returns plain Python objects or numpy arrays (a tensor dies with its rank). DeepSpeed leaves 66 MiB in
-    /dev/shm for every CPU rank, named after the port: they are removed here.
+    `function` is importable and returns plain Python objects or numpy arrays (a tensor dies with its
+    rank). DeepSpeed leaves 66 MiB in /dev/shm for every CPU rank, named after the port: they are
+    removed here.
     """
     port = free_port()
     context = mp.get_context("spawn")
@@ -60,7 +61,7 @@ def _rank(function: Any, rank: int, world_size: int, port: int, results: Any, ar
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
     }
-    sys.stdout = Path(os.devnull).open("w")  # DeepSpeed's log
+    sys.stdout = Path(os.devnull).open("w")  # DeepSpeed's log; open until the rank ends  # noqa: SIM115
     try:
         import torch
 
