@@ -19,6 +19,7 @@ from mosaicbert_ds.data.shards import ShardSet
 from mosaicbert_ds.data.tokenizer import load_tokenizer
 from mosaicbert_ds.errors import ConfigError, UserError
 from mosaicbert_ds.model import build_pretraining_model, count_parameters
+from mosaicbert_ds.ops import choose_kernels
 from mosaicbert_ds.training import saving
 from mosaicbert_ds.training.ds_config import read_ds_config, resolve_ds_config
 from mosaicbert_ds.training.engine import build_engine, init_distributed
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     shards.check_tokenizer(tokenizer)
     shards.check_settings(recipe.data)
     recipe.check_vocabulary(tokenizer.vocab_size)
+    kernels = choose_kernels(recipe.engine.kernels)
     facts = {
         "recipe": to_tree(recipe),
         "seed": recipe.seed,
@@ -85,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         telemetry = Telemetry(args.out, plan, recipe.to_yaml(), progress.samples_seen)
         for line in notes:
             telemetry.say(line)
-        telemetry.say(f"{num_parameters:,} parameters; {plan}; going on from step {progress.step:,}")
+        telemetry.say(
+            f"{num_parameters:,} parameters; {kernels} kernels; {plan}; going on from step {progress.step:,}"
+        )
     saver = saving.Saver(args.out / "checkpoints", recipe.checkpoint, facts)
     batches = pretraining_batches(
         shards,

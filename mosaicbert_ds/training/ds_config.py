@@ -39,10 +39,12 @@ _RECIPE_KEYS = {
 @recipe_part
 class EngineConfig:
     """`deepspeed`: a file of ds_configs/ by name (`zero1`) or a path to a JSON file.
-    `precision`: of the matrix products; weights and moments are fp32 either way."""
+    `precision`: of the matrix products; weights and moments are fp32 either way.
+    `kernels`: of the hot path; auto is triton on a GPU that can run it, torch elsewhere."""
 
     deepspeed: str = "zero1"
     precision: Literal["bf16", "fp32"] = "bf16"
+    kernels: Literal["auto", "triton", "torch"] = "auto"
 
 
 @recipe_part
