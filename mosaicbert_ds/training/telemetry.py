@@ -74,6 +74,8 @@ class Telemetry:
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
+        board = f"tensorboard --logdir {folder / 'tensorboard'}"
+        self.say(f"to watch: {board}, then open http://localhost:6006/#custom_scalars")
 
     def scalars(self, samples_seen: int, values: dict[str, float]) -> None:
         """Write `values` at the point `samples_seen` of the run, to TensorBoard and metrics.jsonl."""
