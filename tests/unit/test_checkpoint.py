@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -127,6 +128,14 @@ def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path: Path) -> None:
 # -- power cuts
 
 
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: thousands of little trees are written and read."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else tmp_path) as folder:
+        yield Path(folder)
+
+
 def _save_eight_steps(root: Path, mark: Callable[[int], None]) -> None:
     for step in range(1, 9):
         save(root, step, kept=step in (1, 5))
@@ -168,13 +177,13 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return trace
 
 
-def test_after_a_power_cut_at_any_moment_the_newest_saved_step_is_found(trace: Any, tmp_path: Path) -> None:
-    count, faults = _lost(trace, tmp_path / "disk", per_prefix=60)
+def test_after_a_power_cut_at_any_moment_the_newest_saved_step_is_found(trace: Any, memory: Path) -> None:
+    count, faults = _lost(trace, memory / "disk", per_prefix=60)
     assert count >= 2000
     assert faults == []
 
 
-def test_the_crash_states_find_a_protocol_that_does_not_sync(trace: Any, tmp_path: Path) -> None:
+def test_the_crash_states_find_a_protocol_that_does_not_sync(trace: Any, memory: Path) -> None:
     """The test above can fail: without the fsyncs of files, or of folders, steps get lost in it."""
     synced = list(trace.operations)
     folders = {operation[1] for operation in synced if operation[0] == "mkdir"} | {()}
@@ -185,12 +194,12 @@ def test_the_crash_states_find_a_protocol_that_does_not_sync(trace: Any, tmp_pat
                 for operation in synced
                 if operation[0] != "fsync" or (operation[1] in folders) != of_folders
             ]
-            assert _lost(trace, tmp_path / "disk", per_prefix=2)[1], f"fsync of folders: {not of_folders}"
+            assert _lost(trace, memory / "disk", per_prefix=2)[1], f"fsync of folders: {not of_folders}"
     finally:
         trace.operations[:] = synced
 
 
-def test_a_power_cut_while_a_damaged_step_is_replaced_loses_nothing(tmp_path: Path) -> None:
+def test_a_power_cut_while_a_damaged_step_is_replaced_loses_nothing(tmp_path: Path, memory: Path) -> None:
     run = tmp_path / "run"
     for step in (1, 2, 3):
         save(run / "checkpoints", step)
@@ -202,7 +211,7 @@ def test_a_power_cut_while_a_damaged_step_is_replaced_loses_nothing(tmp_path: Pa
         trace.mark(3)
         prune(run / "checkpoints", 3, keep_last=2)
     assert final_tree(trace) == read_tree(run)
-    count, faults = _lost(trace, tmp_path / "disk", per_prefix=60)
+    count, faults = _lost(trace, memory / "disk", per_prefix=60)
     assert count >= 250
     assert faults == []
 

@@ -95,7 +95,13 @@ def _leaves(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[st
 TREE = to_tree(load_recipe("mosaicbert-base"))
 LEAVES = _leaves(TREE)
 SECTIONS = [(), *((key,) for key, value in TREE.items() if isinstance(value, dict))]
-TEXTS = {("model", "architecture"), ("data", "documents"), ("engine", "deepspeed"), ("engine", "precision")}
+TEXTS = {
+    ("model", "architecture"),
+    ("data", "documents"),
+    ("engine", "deepspeed"),
+    ("engine", "precision"),
+    ("engine", "kernels"),
+}
 FLAGS = {("model", "activation_checkpointing")}
 LISTS = {("optimizer", "betas"), ("checkpoint", "keep_at_samples")}
 NUMBERS = [path for path in LEAVES if path not in TEXTS | FLAGS | LISTS]
