@@ -19,6 +19,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# Without a GPU kernels run in Triton's interpreter, which must be asked for before the first import of
+# triton, by whichever test that is (deepspeed imports it too).
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
