@@ -230,7 +230,7 @@ def _save_for_ever(root: Path, saved: Any) -> None:
 
 def test_a_killed_process_never_loses_what_it_saved(tmp_path: Path) -> None:
     rng, context, saved_before = random.Random(0), multiprocessing.get_context("fork"), 0
-    saved = context.Value("q", 0)
+    saved = context.RawValue("q", 0)  # without a lock, which a killed process would keep
     for _ in range(KILLS):
         process = context.Process(target=_save_for_ever, args=(tmp_path, saved))
         process.start()
