@@ -74,9 +74,8 @@ def step_folder(root: Path, step: int) -> Path:
 
 def saved_steps(root: Path) -> list[Path]:
     """Folders of finished steps, newest first."""
-    folders = [
-        path for path in root.glob("step-*") if path.is_dir() and re.fullmatch("[0-9]+", path.name[5:])
-    ]
+    # By name alone: to look at each would lose one that a running run removes meanwhile, without a trace.
+    folders = [path for path in root.glob("step-*") if re.fullmatch("[0-9]+", path.name[5:])]
     return sorted(folders, key=step_number, reverse=True)
 
 

@@ -119,10 +119,9 @@ def test_a_view_of_another_tensor_is_saved_as_what_it_shows(tmp_path: Path) -> N
 
 def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path: Path) -> None:
     assert newest_verified(tmp_path / "none") == (None, [])
+    (tmp_path / "latest").write_text("step-00000003\n")  # a hint, never believed
     for name in ("step-x", "step-\u00b2", "step-00000001.tmp", "step-00000001.old", "step-"):
         (tmp_path / name).mkdir()
-    (tmp_path / "step-00000002").write_text("a file")
-    assert newest_verified(tmp_path) == (None, [])
 
 
 # -- power cuts
@@ -232,7 +231,7 @@ def test_a_killed_process_never_loses_what_it_saved(tmp_path: Path) -> None:
     rng, context, saved_before = random.Random(0), multiprocessing.get_context("fork"), 0
     saved = context.RawValue("q", 0)  # without a lock, which a killed process would keep
     for _ in range(KILLS):
-        process = context.Process(target=_save_for_ever, args=(tmp_path, saved))
+        process = context.Process(target=_save_for_ever, args=(tmp_path, saved), daemon=True)
         process.start()
         while saved.value == saved_before:  # it is at work
             assert process.is_alive()
@@ -528,7 +527,9 @@ def _save_and_remove_for_ever(root: Path) -> None:
 
 def test_a_reader_beside_a_running_run_never_sees_half_a_step(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    writer = multiprocessing.get_context("fork").Process(target=_save_and_remove_for_ever, args=(tmp_path,))
+    writer = multiprocessing.get_context("fork").Process(
+        target=_save_and_remove_for_ever, args=(tmp_path,), daemon=True
+    )
     writer.start()
     seen = [1]
     while len(seen) < 150:
@@ -541,6 +542,28 @@ def test_a_reader_beside_a_running_run_never_sees_half_a_step(tmp_path: Path) ->
             seen.append(step)
     writer.kill()
     writer.join()
+
+
+def test_a_reader_whose_step_is_removed_under_its_eyes_finds_the_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run commits a step and removes the older one just after the reader listed the folder."""
+    save(tmp_path, 1)
+    glob, meanwhile = Path.glob, [2]
+
+    def listed_before(path: Path, pattern: str) -> Iterator[Path]:
+        listed = list(glob(path, pattern))
+        while meanwhile:
+            step = meanwhile.pop()
+            save(tmp_path, step)
+            prune(tmp_path, step, keep_last=1)
+        return iter(listed)
+
+    monkeypatch.setattr(Path, "glob", listed_before)
+    found, complaints = newest_verified(tmp_path)
+    assert steps_in(tmp_path) == [2]
+    assert found is not None and complaints == []
+    assert_holds(found, 2)
 
 
 def test_going_back_in_a_run_that_has_newer_steps_is_refused(tmp_path: Path) -> None:
