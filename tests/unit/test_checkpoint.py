@@ -122,6 +122,7 @@ def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step-00000003\n")  # a hint, never believed
     for name in ("step-x", "step-\u00b2", "step-00000001.tmp", "step-00000001.old", "step-"):
         (tmp_path / name).mkdir()
+    assert newest_verified(tmp_path) == (None, [])
 
 
 # -- power cuts
