@@ -36,7 +36,8 @@ from mosaicbert_ds.typed_yaml import to_tree
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     recipe = load_recipe(args.recipe, args.overrides)
-    plan = plan_batches(recipe.batch, recipe.duration, args.world_size or dist.world_size())
+    world_size = dist.world_size() if args.world_size is None else args.world_size
+    plan = plan_batches(recipe.batch, recipe.duration, world_size)
     recipe = recipe.with_accumulation(plan.gradient_accumulation_steps)
     ds_config = resolve_ds_config(read_ds_config(recipe.engine), recipe.engine, plan)
     if args.dry_run:
@@ -140,9 +141,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     finally:
         batches.close()
-        saver.wait()
         if telemetry:
             telemetry.close()
+        saver.wait()
     if not finished and dist.is_main():
         print(
             f"stopped on request at step {progress.step:,}; the same command goes on from there", flush=True
@@ -175,7 +176,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "overrides", nargs="*", metavar="key=value", help="recipe values, e.g. optimizer.peak_lr=1e-3"
     )
     args = parser.parse_intermixed_args(argv)
-    if args.world_size and not args.dry_run:
+    if args.world_size is not None and not args.dry_run:
         parser.error("--world-size goes with --dry-run; a run's ranks are the launcher's")
     return args
 
