@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import safe_open
 
+from mosaicbert_ds.data.files import sync_folder
 from mosaicbert_ds.errors import CheckpointError
 from mosaicbert_ds.training.plan import Count
 from mosaicbert_ds.typed_yaml import recipe_part
@@ -154,11 +155,11 @@ def write_step(
             )
         files["state.json"] = _write(temporary / "state.json", [_json_bytes(state)])
         _write(temporary / "manifest.json", [_json_bytes({"format": FORMAT, "files": files})])
-        _fsync_folder(temporary)
+        sync_folder(temporary)
         if final.exists():  # this step was saved before, then found damaged, and trained again
             _remove(final)
         temporary.rename(final)
-        _fsync_folder(root)
+        sync_folder(root)
         hint = root / "latest.tmp"
         _write(hint, [final.name.encode() + b"\n"])
         hint.rename(root / "latest")
@@ -191,7 +192,7 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        _fsync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _remove(folder: Path) -> None:
@@ -304,11 +305,3 @@ def _size_and_sha256(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
