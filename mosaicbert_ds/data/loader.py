@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -50,6 +50,16 @@ class Batch:
     @property
     def num_masked(self) -> int:
         return self.labels.numel()
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The unpadded call that every pretraining model answers."""
+        return {
+            "input_ids": self.input_ids,
+            "cu_seqlens": self.cu_seqlens,
+            "max_seqlen": self.max_seqlen,
+            "masked_positions": self.masked_positions,
+            "labels": self.labels,
+        }
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on `device`. A copy to a GPU goes through pinned memory and is not waited for."""

@@ -55,7 +55,7 @@ def train_step(engine: Any, micro_batches: list[Any], lr: float, plan: BatchPlan
     scale = plan.gradient_accumulation_steps * plan.world_size / num_masked
     loss_sum, num_correct = torch.zeros((2,), device=dist.device())
     for batch in micro_batches:
-        sums = engine(**model_inputs(batch))
+        sums = engine(**batch.model_inputs())
         engine.backward(sums.loss_sum * scale)
         engine.step()  # updates the weights after the last micro batch only
         loss_sum += sums.loss_sum.detach()
@@ -70,7 +70,7 @@ def evaluate(engine: Any, batches: Iterable[Any]) -> dict[str, float]:
     engine.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=dist.device())
     for batch in batches:
-        sums = engine(**model_inputs(batch.to(dist.device())))
+        sums = engine(**batch.to(dist.device()).model_inputs())
         totals += torch.stack(
             [sums.loss_sum.double(), sums.num_correct.double(), totals.new_tensor(batch.num_masked)]
         )
@@ -200,14 +200,3 @@ def _flush(
     progress.tokens_seen += int(sum(tokens_seen))
     pending.clear()
     return bool(sums[-1] > 0)
-
-
-def model_inputs(batch: Any) -> dict[str, Any]:
-    """The unpadded call that every pretraining model answers."""
-    return {
-        "input_ids": batch.input_ids,
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-        "masked_positions": batch.masked_positions,
-        "labels": batch.labels,
-    }
