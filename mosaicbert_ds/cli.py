@@ -7,8 +7,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mosaicbert_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from mosaicbert_ds.bench.report import Report
 
 _EXIT_USER_ERROR = 2
 _HOW_TO_PRETRAIN = """\
@@ -16,6 +20,7 @@ To pretrain, start the script below with DeepSpeed's launcher:
   deepspeed mosaicbert_ds/pretrain.py --recipe mosaicbert-base --data SHARDS --out RUN
 and see its --help.
 """
+_JSON = "print the same as JSON"
 _SOURCES = "files or folders of .txt, .jsonl or .parquet (.gz .zst .xz .bz2 too), or hf:PATH[:CONFIG]:SPLIT"
 
 
@@ -98,6 +103,46 @@ def _plot(args: argparse.Namespace) -> None:
     print(f"loss curve in {args.out}")
 
 
+def _bench_throughput(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.bench.contenders import CONTENDERS
+    from mosaicbert_ds.bench.throughput import bench_throughput
+    from mosaicbert_ds.bench.training_run import Text
+    from mosaicbert_ds.config import load_recipe
+
+    overrides = {"data.max_length": args.length, "batch.global_batch_size": args.global_batch}
+    given = [f"{key}={value}" for key, value in overrides.items() if value is not None]
+    recipe = load_recipe(args.recipe, [*args.set, *given])
+    text = Text(folder=args.data, full_rows=args.full_rows)
+    _print_report(
+        args,
+        bench_throughput(recipe, text, args.models or list(CONTENDERS), args.micro_batches, args.repeats),
+    )
+
+
+def _bench_limit(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.bench.limit import bench_limit
+    from mosaicbert_ds.config import load_recipe
+
+    _print_report(args, bench_limit(load_recipe(args.recipe, args.set), args.tokens))
+
+
+def _bench_kernels(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.bench.kernels import bench_kernels
+
+    _print_report(args, bench_kernels())
+
+
+def _bench_step(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.bench.step import bench_step
+    from mosaicbert_ds.config import load_recipe
+
+    _print_report(args, bench_step(load_recipe(args.recipe, args.set), args.top))
+
+
+def _print_report(args: argparse.Namespace, report: "Report") -> None:
+    print(report.to_json() if args.json else report)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mosaicbert",
@@ -129,19 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--tokenizer", type=Path, required=True, metavar="DIR", help="folder with tokenizer.json"
     )
-    command.add_argument(
-        "--recipe",
-        default="mosaicbert-base",
-        metavar="NAME|FILE",
-        help="whose data section says how to cut documents (default: %(default)s)",
-    )
-    command.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="recipe values, e.g. data.max_length=512 data.documents=chunk",
+    _add_recipe(
+        command, "whose data section says how to cut documents", "data.max_length=512 data.documents=chunk"
     )
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
     command.add_argument(
@@ -181,7 +215,83 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf"
     )
+
+    bench = commands.add_parser("bench", help="measure the trainer on this machine")
+    _add_benchmarks(bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK"))
     return parser
+
+
+def _add_benchmarks(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    train, engine = "to train", "engine.deepspeed=zero2 batch.micro_batch_size=512"
+    command = _command(
+        benchmarks, "throughput", _bench_throughput, "optimizer steps of this model and its peers, in one run"
+    )
+    _add_recipe(command, train, engine)
+    command.add_argument(
+        "--models", type=_names, metavar="A,B", help="contenders (default: all; a wrong name lists them)"
+    )
+    command.add_argument(
+        "--micro-batches",
+        type=_sizes,
+        default=[128, 256, 512],
+        metavar="N,N",
+        help="sizes that each contender tries, in samples (default: 128,256,512)",
+    )
+    command.add_argument(
+        "--global-batch", type=_positive, metavar="N", help="samples (default: the recipe's)"
+    )
+    command.add_argument("--length", type=_positive, metavar="N", help="of a row, instead of the recipe's")
+    rows = command.add_mutually_exclusive_group()
+    rows.add_argument(
+        "--full-rows", action="store_true", help="all random rows full (default: three of four, as in C4)"
+    )
+    rows.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="shards of `mosaicbert data prepare` instead of random rows; times the loader too",
+    )
+    command.add_argument(
+        "--repeats", type=_positive, default=10, metavar="N", help="steps timed (default: %(default)s)"
+    )
+    command.add_argument("--json", action="store_true", help=_JSON)
+
+    command = _command(
+        benchmarks, "limit", _bench_limit, "the model's matrix products alone, and the speed they would allow"
+    )
+    _add_recipe(command, "whose products", "masking.rate=0.15")
+    command.add_argument(
+        "--tokens", type=_positive, default=65536, metavar="N", help="of a micro batch (default: %(default)s)"
+    )
+    command.add_argument("--json", action="store_true", help=_JSON)
+
+    command = _command(benchmarks, "kernels", _bench_kernels, "each operation against PyTorch and its floor")
+    command.add_argument("--json", action="store_true", help=_JSON)
+
+    command = _command(benchmarks, "step", _bench_step, "where a step spends the GPU's time")
+    _add_recipe(command, train, engine)
+    command.add_argument(
+        "--top",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="longest kernels to list (default: %(default)s)",
+    )
+    command.add_argument("--json", action="store_true", help=_JSON)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is given; allowed are whole numbers from 1 on")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _sizes(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
 
 
 def _command(
@@ -193,6 +303,20 @@ def _command(
     command = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     command.set_defaults(run=run)
     return command
+
+
+def _add_recipe(command: argparse.ArgumentParser, use: str, example: str) -> None:
+    command.add_argument(
+        "--recipe", default="mosaicbert-base", metavar="NAME|FILE", help=f"{use} (default: %(default)s)"
+    )
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"recipe values, e.g. {example}",
+    )
 
 
 def _add_sources(command: argparse.ArgumentParser) -> None:

@@ -1,103 +1,38 @@
 """Each operation of the hot path alone: our kernels, PyTorch eager and compiled, FlexAttention, the floor.
 
-    python -m mosaicbert_ds.bench.kernels [--json]
-
 The floor is the time that the bytes an operation must move take at the copy bandwidth, or its floating-point
 operations at the rate of a large matrix product, whichever is longer; both are measured in the same run.
 Times are medians over replays of a CUDA graph after a warm-up, at the sizes of MosaicBERT-Base.
 """
 
-import argparse
-import json
-import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.bench.machine import Machine, measure_machine, median_replay_ms, need_gpu
+from mosaicbert_ds.bench.report import Report, column
+from mosaicbert_ds.bench.workload import lengths_like_c4
 from mosaicbert_ds.ops import IGNORED_LABEL, alibi_slopes, choose_kernels, reference
 
 TOKENS = 57_600  # 512 rows of 128 with the length mix of C4, fill 0.88
 HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 12, 64, 768, 3072, 30_528
 MASKED = TOKENS * 3 // 10
 DROPOUT_P = 0.1
-WARM_UP, REPEATS = 5, 20
 
 
 @dataclass(frozen=True)
 class Row:
-    operation: str
-    implementation: str
-    forward_ms: float
-    both_ms: float  # forward and backward
-    floor_ms: float  # of both
-
-
-@dataclass(frozen=True)
-class Machine:
-    gpu: str
-    torch: str
-    triton: str
-    copy_bytes_per_s: float
-    matmul_flops_per_s: float
-
-
-def median_ms(function: Callable[[], object]) -> float:
-    """Median time of a call on the GPU in milliseconds."""
-    for _ in range(WARM_UP):
-        function()
-    times = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def median_replay_ms(function: Callable[[], object]) -> float:
-    """The same from a CUDA graph: without the launches, which a captured step does not pay either."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return median_ms(graph.replay)
-
-
-def measure_machine() -> Machine:
-    import triton
-
-    source = torch.randn(2**29, device="cuda")  # 2 GiB
-    target = torch.empty_like(source)
-    copy_s = median_ms(lambda: target.copy_(source)) / 1e3
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    matmul_s = median_ms(lambda: a @ b) / 1e3
-    return Machine(
-        torch.cuda.get_device_name(),
-        torch.__version__,
-        triton.__version__,
-        2 * source.nbytes / copy_s,
-        2 * 8192**3 / matmul_s,
-    )
-
-
-def lengths_like_c4(num_sequences: int = 512) -> list[int]:
-    """Three of four rows are cut at 128 tokens, the others end uniformly between 16 and 127."""
-    generator = torch.Generator().manual_seed(0)
-    short = torch.randint(16, 128, (num_sequences,), generator=generator)
-    is_short = torch.rand(num_sequences, generator=generator) < 0.25
-    return torch.where(is_short, short, 128).tolist()
+    operation: str = column("operation")
+    implementation: str = column("implementation")
+    forward_ms: float = column("forward ms", ".3f")
+    both_ms: float = column("both ms", ".3f")  # forward and backward
+    floor_ms: float = column("floor ms", ".3f")  # of both
+    over_floor: float = column("x floor", ".2f")
+    over_ours: float = column("x ours", ".2f")
 
 
 def _normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -108,13 +43,16 @@ class _Bench:
     """Collects rows; a callable takes the inputs and returns the output whose gradient is then taken."""
 
     def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+        assert machine.copy_bytes_per_s and machine.matmul_flops_per_s
+        self.bytes_per_s, self.flops_per_s = machine.copy_bytes_per_s, machine.matmul_flops_per_s
         self.rows: list[Row] = []
 
     def add(
         self, operation: str, inputs: list[Tensor], num_bytes: float, flops: float, **functions: Callable
     ) -> None:
-        floor_s = max(num_bytes / self.machine.copy_bytes_per_s, flops / self.machine.matmul_flops_per_s)
+        """Time `functions`, ours first, each forward alone and with its backward."""
+        floor_ms = 1e3 * max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
+        ours_ms: float | None = None
         for name, function in functions.items():
             with torch.no_grad():
                 gradient = torch.randn_like(function(*inputs))
@@ -123,7 +61,11 @@ class _Bench:
             def both(f: Callable = function, g: Tensor = gradient) -> None:
                 torch.autograd.grad(f(*inputs), inputs, g)
 
-            self.rows.append(Row(operation, name, forward_ms, median_replay_ms(both), floor_s * 1e3))
+            both_ms = median_replay_ms(both)
+            ours_ms = ours_ms or both_ms
+            self.rows.append(
+                Row(operation, name, forward_ms, both_ms, floor_ms, both_ms / floor_ms, both_ms / ours_ms)
+            )
         torch.compiler.reset()
 
 
@@ -148,8 +90,9 @@ def _flex(cu_seqlens: Tensor, num_tokens: int, slopes: Tensor) -> Callable[[Tens
     return attend
 
 
-def bench_kernels() -> tuple[Machine, list[Row]]:
+def bench_kernels() -> Report:
     """All operations. Raises ConfigError where the kernels cannot run."""
+    need_gpu("kernels")
     choose_kernels("triton")
     from mosaicbert_ds.ops import (
         attention_triton,
@@ -159,7 +102,8 @@ def bench_kernels() -> tuple[Machine, list[Row]]:
     )
 
     torch.manual_seed(0)
-    bench = _Bench(measure_machine())
+    machine = measure_machine()
+    bench = _Bench(machine)
     slopes = alibi_slopes(HEADS, "cuda")
     cases = {"128": lengths_like_c4(), "512": [512] * 128, "2048": [2048] * 32}
     for name, lengths in cases.items():
@@ -222,42 +166,4 @@ def bench_kernels() -> tuple[Machine, list[Row]]:
         "masked-LM loss with its products", inputs, 0, 6 * MASKED * HIDDEN * VOCAB,
         triton=fused_loss, torch=plain_loss, compiled=torch.compile(plain_loss),
     )  # fmt: skip
-    return bench.machine, bench.rows
-
-
-def table(machine: Machine, rows: list[Row]) -> str:
-    lines = [
-        f"{machine.gpu}, PyTorch {machine.torch}, Triton {machine.triton}; "
-        f"copy {machine.copy_bytes_per_s / 1e12:.2f} TB/s, "
-        f"8192^3 product {machine.matmul_flops_per_s / 1e12:.0f} TFLOP/s",
-        "",
-        f"{'operation':<40}{'':<10}{'forward ms':>11}{'both ms':>9}{'floor ms':>9}"
-        f"{'x floor':>8}{'x ours':>8}",
-    ]
-    ours = {row.operation: row.both_ms for row in rows if row.implementation == "triton"}
-    lines += [
-        f"{row.operation:<40}{row.implementation:<10}{row.forward_ms:>11.3f}{row.both_ms:>9.3f}"
-        f"{row.floor_ms:>9.3f}{row.both_ms / row.floor_ms:>8.2f}{row.both_ms / ours[row.operation]:>8.2f}"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
-    try:
-        machine, rows = bench_kernels()
-    except ConfigError as error:
-        parser.exit(2, f"{error}\n")
-    if arguments.json:
-        print(json.dumps({"machine": asdict(machine), "rows": [asdict(row) for row in rows]}, indent=2))
-    else:
-        print(table(machine, rows))
-
-
-if __name__ == "__main__":
-    main()
+    return Report(machine, bench.rows)

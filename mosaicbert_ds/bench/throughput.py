@@ -1,0 +1,152 @@
+"""Optimizer steps through the DeepSpeed engine: this model against its peers, on the same rows in one run."""
+
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from mosaicbert_ds import dist
+from mosaicbert_ds.bench.contenders import CONTENDERS, OURS, GlobalBatch
+from mosaicbert_ds.bench.machine import lap_times_s, measure_machine
+from mosaicbert_ds.bench.report import Report, column
+from mosaicbert_ds.bench.training_run import (
+    DIFFERENT_STEPS,
+    Text,
+    TrainingRun,
+    in_fresh_process,
+    with_micro_batch,
+)
+from mosaicbert_ds.config import RunConfig
+from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.training.meter import Rates, memory, peak_flops_per_s
+
+_WARM_UP_STEPS = 2 * DIFFERENT_STEPS  # every shape twice: compiled or captured, and used once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One contender at one micro batch. Rates are medians over steps; a size out of memory has none."""
+
+    model: str = column("model")
+    variant: str = column("variant")
+    batches: str = column("batches")  # the loader's as they come, or some of them again and again
+    micro_batch_size: int = column("micro batch", ",d")
+    parameters_m: float | None = column("M params", ".1f", None)
+    samples_per_s: float | None = column("samples/s", ",.1f", None)
+    samples_per_s_min: float | None = column("min", ",.1f", None)
+    samples_per_s_max: float | None = column("max", ",.1f", None)
+    tokens_per_s: float | None = column("real tokens/s", ",.0f", None)
+    mfu: float | None = column("MFU (real tokens)", ".1%", None)
+    peak_gib: float | None = column("peak GiB", ".1f", None)
+    loader_efficiency: float | None = column("of repeated", ".1%", None)  # real tokens/s over all steps
+    ours_over_this: float | None = column("ours is x", ".2f", None)  # ours at its best micro batch
+    note: str = column("", default="")
+
+
+def bench_throughput(
+    recipe: RunConfig, text: Text, models: list[str], micro_batches: list[int], repeats: int
+) -> Report:
+    """Every model of `models` (keys of CONTENDERS) at every micro batch, `repeats` steps each.
+
+    With shards in `text`, models that train on the loader's own batches are timed on those too. Raises
+    ConfigError for names and sizes that are not possible, DataError for shards that do not fit.
+    """
+    for name in models:
+        if name not in CONTENDERS:
+            raise ConfigError(f"--models says '{name}'; allowed are {', '.join(CONTENDERS)}")
+    measurements = [
+        (name, with_micro_batch(CONTENDERS[name].recipe_from(recipe), size))
+        for name in models
+        for size in micro_batches
+    ]
+    machine = measure_machine()
+    rows: list[Row] = []
+    best: dict[str, float] = {}  # samples/s on repeated batches, by name
+    names: list[str] = []  # of the rows
+    for name, sized in measurements:
+        for row in in_fresh_process(_measure, name, sized, text, repeats):
+            print(f"{name}, micro batch {row.micro_batch_size}: {_said(row)}", file=sys.stderr, flush=True)
+            rows.append(row)
+            names.append(name)
+            if row.batches == "repeated" and row.samples_per_s:
+                best[name] = max(best.get(name, 0.0), row.samples_per_s)
+    return Report(machine, [_compared(name, row, best) for name, row in zip(names, rows, strict=True)])
+
+
+def _measure(name: str, recipe: RunConfig, text: Text, repeats: int) -> list[Row]:
+    contender = CONTENDERS[name]
+    row = Row(
+        model=contender.model,
+        variant=contender.variant,
+        batches="repeated",
+        micro_batch_size=recipe.batch.micro_batch_size,
+    )
+    try:
+        run = TrainingRun(recipe, text, contender.build)
+        steps = [run.next_batches() for _ in range(DIFFERENT_STEPS)]
+        repeated = itertools.cycle(contender.convert(steps, recipe.data.max_length))
+        row, tokens_per_s = _time(run, repeated, repeats, row)
+        rows = [row]
+        if text.folder and contender.is_fed_by_loader:
+            for _ in range(recipe.data.prefetch):  # uses up what the loader laid in meanwhile
+                run.step(run.next_batches())
+            loaded, loaded_tokens_per_s = _time(run, iter(run.next_batches, None), repeats, row)
+            efficiency = loaded_tokens_per_s / tokens_per_s
+            rows.append(replace(loaded, batches="loader", loader_efficiency=efficiency))
+        run.batches.close()
+    except torch.OutOfMemoryError:
+        return [replace(row, note="out of memory")]
+    return rows
+
+
+def _time(run: TrainingRun, batches: Iterator[GlobalBatch], repeats: int, row: Row) -> tuple[Row, float]:
+    """`row` filled in, and the real tokens a second over all timed steps together."""
+    tokens: list[int] = []
+
+    def lap() -> None:
+        micro_batches = next(batches)
+        tokens.append(sum(batch.num_tokens for batch in micro_batches))
+        run.step(micro_batches)
+
+    for _ in range(_WARM_UP_STEPS):
+        lap()
+    tokens.clear()
+    seconds = lap_times_s(lap, repeats)
+    samples_per_s = [run.plan.global_batch_size / s for s in seconds]
+    tokens_per_s = statistics.median(n / s for n, s in zip(tokens, seconds, strict=True))
+    rates = Rates(
+        num_parameters=run.num_parameters,
+        max_length=run.recipe.data.max_length,
+        world_size=dist.world_size(),
+        peak_flops_per_s=peak_flops_per_s(),
+        usd_per_gpu_hour=None,
+    )
+    filled = replace(
+        row,
+        parameters_m=run.num_parameters / 1e6,
+        samples_per_s=statistics.median(samples_per_s),
+        samples_per_s_min=min(samples_per_s),
+        samples_per_s_max=max(samples_per_s),
+        tokens_per_s=tokens_per_s,
+        mfu=rates.mfu(tokens_per_s),
+        peak_gib=memory().get("memory/gpu_allocated_peak_gib"),
+    )
+    return filled, sum(tokens) / sum(seconds)
+
+
+def _compared(name: str, row: Row, best: dict[str, float]) -> Row:
+    """The row with its place in the whole: against ours, and whether it is its model's best size."""
+    if row.samples_per_s is None:
+        return row
+    return replace(
+        row,
+        ours_over_this=best[OURS] / row.samples_per_s if OURS in best else None,
+        note="best" if row.samples_per_s == best[name] else row.note,
+    )
+
+
+def _said(row: Row) -> str:
+    return row.note or f"{row.samples_per_s:,.1f} samples/s, {row.batches}"
