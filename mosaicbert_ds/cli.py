@@ -13,6 +13,7 @@ from mosaicbert_ds.errors import UserError
 
 if TYPE_CHECKING:
     from mosaicbert_ds.bench.report import Report
+    from mosaicbert_ds.finetune.suite import Request
 
 _EXIT_USER_ERROR = 2
 _HOW_TO_PRETRAIN = """\
@@ -26,6 +27,7 @@ _SOURCES = "files or folders of .txt, .jsonl or .parquet (.gz .zst .xz .bz2 too)
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    args.arguments = sys.argv[1:] if argv is None else argv
     try:
         args.run(args)
     except UserError as error:
@@ -76,16 +78,11 @@ def _verify_data(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from mosaicbert_ds.config import RunConfig
-    from mosaicbert_ds.model.export import export_model
+    from mosaicbert_ds.finetune.models import export_checkpoint
     from mosaicbert_ds.training.checkpoint import find_checkpoint
-    from mosaicbert_ds.typed_yaml import from_tree
 
     checkpoint = find_checkpoint(args.source)
-    recipe = from_tree(RunConfig, checkpoint.state["recipe"], str(checkpoint.path / "state.json"))
-    with checkpoint.open("weights") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    export_model(weights, recipe.model, checkpoint.path.parent.parent / "tokenizer", args.out)
+    export_checkpoint(checkpoint, args.out)
     print(f"{checkpoint.path} exported to {args.out}")
 
 
@@ -141,6 +138,50 @@ def _bench_step(args: argparse.Namespace) -> None:
 
 def _print_report(args: argparse.Namespace, report: "Report") -> None:
     print(report.to_json() if args.json else report)
+
+
+def _finetune_glue(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.finetune.suite import finetune_glue
+
+    if not _on_other_hosts(args):
+        finetune_glue(_request(args), args.glue_dir, args.tasks, args.from_pretrained)
+
+
+def _finetune_task(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.finetune.suite import finetune_task
+
+    if not _on_other_hosts(args):
+        finetune_task(
+            _request(args),
+            {name: path for name in ("train", "dev", "test") if (path := getattr(args, name))},
+            text_columns=args.text,
+            label_column=args.label,
+            regression=args.kind == "regression",
+            metrics=args.metrics,
+        )
+
+
+def _request(args: argparse.Namespace) -> "Request":
+    from mosaicbert_ds.finetune.suite import Devices, Request
+
+    return Request(
+        model=args.model,
+        out=args.out,
+        recipe=args.recipe,
+        overrides=args.set,
+        seeds=args.seeds,
+        devices=Devices(gpus=args.gpus, jobs_per_gpu=args.jobs_per_gpu, jobs=args.jobs),
+    )
+
+
+def _on_other_hosts(args: argparse.Namespace) -> bool:
+    """With --hostfile: run this command on its hosts instead of here."""
+    if args.hostfile is None:
+        return False
+    from mosaicbert_ds.finetune.hosts import run_on_hosts
+
+    run_on_hosts(args.hostfile, args.arguments)
+    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -218,6 +259,56 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure the trainer on this machine")
     _add_benchmarks(bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK"))
+
+    finetune = commands.add_parser("finetune", help="score a model on GLUE, or train it for your task")
+    actions = finetune.add_subparsers(title="actions", required=True, metavar="ACTION")
+    command = _command(
+        actions,
+        "glue",
+        _finetune_glue,
+        "finetune on the GLUE tasks and print the table; run again, it goes on",
+    )
+    command.add_argument(
+        "--glue-dir",
+        required=True,
+        metavar="DIR",
+        help="folder of the official files (CoLA/train.tsv, ...), or hf:nyu-mll/glue",
+    )
+    command.add_argument("--tasks", nargs="+", metavar="TASK", help="mnli qnli qqp sst2 cola rte mrpc stsb")
+    command.add_argument(
+        "--from-pretrained",
+        action="store_true",
+        help="every task starts from the pretrained model, none from the finished mnli",
+    )
+    _add_finetuning(command, "glue")
+    command = _command(
+        actions,
+        "task",
+        _finetune_task,
+        "finetune on your own files and keep the models; run again, it goes on",
+    )
+    for name, text in (("train", "to learn from"), ("dev", "to score on"), ("test", "to score on as well")):
+        command.add_argument(
+            f"--{name}",
+            type=Path,
+            required=name != "test",
+            metavar="FILE",
+            help=f"rows {text}: .csv, .tsv or .jsonl",
+        )
+    command.add_argument(
+        "--text", nargs="+", required=True, metavar="COLUMN", help="the text's column, or the two of a pair"
+    )
+    command.add_argument("--label", default="label", metavar="COLUMN", help="(default: %(default)s)")
+    command.add_argument(
+        "--kind",
+        choices=("classification", "regression"),
+        default="classification",
+        help="what the label is: a class or a number (default: %(default)s)",
+    )
+    command.add_argument(
+        "--metrics", nargs="+", metavar="NAME", help="accuracy f1 macro_f1 matthews; or pearson spearman"
+    )
+    _add_finetuning(command, "task")
     return parser
 
 
@@ -292,6 +383,49 @@ def _names(text: str) -> list[str]:
 
 def _sizes(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
+
+
+def _add_finetuning(command: argparse.ArgumentParser, recipe: str) -> None:
+    command.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="a run, a step, or a Hugging Face folder"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for results; hosts that share it share the work",
+    )
+    command.add_argument(
+        "--recipe", default=recipe, metavar="NAME|FILE", help="numbers of each task (default: %(default)s)"
+    )
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"recipe values, e.g. tasks.{'rte' if recipe == 'glue' else 'task'}.epochs=5 max_length=128",
+    )
+    command.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of each task's own")
+    _add_devices(command)
+    command.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="run on these hosts by ssh; lines HOST slots=N"
+    )
+
+
+def _add_devices(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--gpus", type=int, metavar="N", help="of this host (default: all)")
+    command.add_argument(
+        "--jobs-per-gpu",
+        type=int,
+        default=1,
+        metavar="N",
+        help="side by side on a GPU (default: %(default)s)",
+    )
+    command.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="side by side without a GPU (default: %(default)s)"
+    )
 
 
 def _command(

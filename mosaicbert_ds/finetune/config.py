@@ -1,0 +1,64 @@
+"""The recipe of a finetuning: what all tasks share, and a row of numbers for each."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.training.optimizer import Beta, OptimizerConfig, ScheduleConfig
+from mosaicbert_ds.typed_yaml import from_tree, merge, parse_overrides, read_yaml, recipe_part
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "finetune"
+PRETRAINED = "pretrained"  # what a task starts from that starts from no other task
+
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+
+
+@recipe_part
+class TaskRecipe:
+    """One task's numbers. `weight_decay` is decoupled: AdamW's is weight_decay / peak_lr."""
+
+    starts_from: str = PRETRAINED  # or a task: its encoder and pooler, under a new classifier
+    epochs: Annotated[int, Field(ge=1, le=1000)]
+    peak_lr: Annotated[float, Field(gt=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    batch_size: Annotated[int, Field(ge=1, le=4096)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+
+    def __post_init__(self) -> None:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} name one twice; each is one job")
+
+
+@recipe_part
+class FinetuneConfig:
+    """Everything that decides what a finetuning computes."""
+
+    max_length: Annotated[int, Field(ge=8, le=65_536)] = 256
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
+    schedule: ScheduleConfig = ScheduleConfig(warmup=0.06, final_lr_fraction=0.0)
+    shuffle: bool = True
+    sort_window: Annotated[int, Field(ge=1, le=10_000)] = 16
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    tasks: dict[str, TaskRecipe]
+
+    def optimizer(self, task: str) -> OptimizerConfig:
+        row = self.tasks[task]
+        return OptimizerConfig(
+            peak_lr=row.peak_lr, betas=self.betas, eps=self.eps, weight_decay=row.weight_decay
+        )
+
+
+def load_finetune_recipe(name: str, overrides: list[str] | None = None) -> FinetuneConfig:
+    """A shipped recipe (`glue`, `task`) or a YAML file, with `key=value` overrides laid over it.
+
+    Raises ConfigError naming the file, the key, what was given and what is allowed.
+    """
+    shipped = RECIPES / f"{name}.yaml"
+    path = shipped if shipped.is_file() else Path(name)
+    if not path.is_file():
+        raise ConfigError(f"finetuning recipe '{name}' is unknown; allowed are glue, task or a YAML file")
+    source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
+    return from_tree(FinetuneConfig, merge(read_yaml(path), parse_overrides(overrides or [])), source)

@@ -1,0 +1,203 @@
+"""Results of a finetuning: the table for people, results.json, and test files in GLUE's submission format."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from mosaicbert_ds.data.files import write_durably
+from mosaicbert_ds.finetune.plan import Job
+from mosaicbert_ds.finetune.run import Outcome
+from mosaicbert_ds.finetune.score import Answers, bootstrap, interval, predictions_of, task_score
+from mosaicbert_ds.finetune.tasks import GLUE, GLUE_PUBLISHED_AVERAGE, Task
+
+_BOOTSTRAP_SEED = 0  # the same answers get the same interval
+_NAMES = {"accuracy": "accuracy", "f1": "F1", "macro_f1": "macro F1", "matthews": "Matthews"} | {
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+}
+_INTERVALS = (
+    "Intervals: 95 %, bootstrap percentiles over rows and seeds drawn anew together. std: over seeds (n - 1)."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRows:
+    """What a split's file held, for the notes under the table."""
+
+    rows: int
+    broken: int
+
+
+def summarise(
+    tasks: Mapping[str, Task],
+    jobs: Sequence[Job],
+    outcomes: Mapping[str, Outcome],
+    folder: Path,
+    rows: Mapping[str, Mapping[str, SplitRows]],
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything in results.json. Scores are in percent.
+
+    folder: of the finished jobs; rows: by task and split; about: facts to record as they are.
+    """
+    rng = np.random.default_rng(_BOOTSTRAP_SEED)
+    notes = _row_notes(tasks, rows)
+    rows_of_tasks: dict[str, Any] = {}
+    replicates = []
+    for name, task in tasks.items():
+        mine = [job for job in jobs if job.task == name]
+        done = [job for job in mine if outcomes[job.name].result]
+        for job in mine:
+            if job not in done:
+                notes.append(f"{job.name} has no result: {outcomes[job.name].reason}")
+        if not done:
+            continue
+        runs = [read_answers(folder / job.name, task) for job in done]
+        drawn = 100 * bootstrap(task, runs, rng)
+        if len(done) == len(mine):
+            replicates.append(drawn)
+        metrics = []
+        for split in runs[0]:
+            for metric in task.metrics:
+                values = []
+                for job in done:
+                    value = outcomes[job.name].result["metrics"][split][metric]  # type: ignore[index]
+                    if isinstance(value, str):
+                        where = f"{task.title} {split}, seed {job.seed}"
+                        notes.append(f"{where}: no {_NAMES[metric]}, since {value}; counted as 0")
+                        value = 0.0
+                    values.append(100 * value)
+                metrics.append({"split": split, "metric": metric, **_spread(values)})
+        low, high = interval(drawn)
+        rows_of_tasks[name] = {
+            "title": task.title,
+            "score": 100 * task_score(task, runs),
+            "interval": [low, high],
+            "published": task.published,
+            "complete": len(done) == len(mine),
+            "seeds": [job.seed for job in done],
+            "metrics": metrics,
+        }
+    results: dict[str, Any] = {**about, "tasks": rows_of_tasks, "notes": notes}
+    complete = [row["score"] for row in rows_of_tasks.values() if row["complete"]]
+    if len(tasks) > 1 and complete:
+        low, high = interval(np.mean(replicates, axis=0))
+        results["average"] = {
+            "score": float(np.mean(complete)),
+            "interval": [low, high],
+            "tasks": len(complete),
+        }
+        results["average"]["is_glue"] = len(complete) == len(GLUE) and set(tasks) == set(GLUE)
+    return results
+
+
+def read_answers(job: Path, task: Task) -> dict[str, Answers]:
+    """A finished job's answers to the splits that have labels."""
+    arrays = safetensors.numpy.load_file(job / "answers.safetensors")
+    return {
+        split: Answers(predictions_of(task, arrays[f"{split}.logits"]), arrays[f"{split}.labels"])
+        for split in task.splits
+        if f"{split}.labels" in arrays
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds; one seed has none."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": std, "n": len(values)}
+
+
+def _row_notes(tasks: Mapping[str, Task], rows: Mapping[str, Mapping[str, SplitRows]]) -> list[str]:
+    notes, other = [], []
+    for name, task in tasks.items():
+        for split, found in rows[name].items():
+            official = task.official_rows.get(split)
+            if official is not None and found.rows != official:
+                other.append(f"{task.title} {split} {found.rows:,} of {official:,}")
+            if found.broken:
+                notes.append(f"{task.title} {split}: {found.broken:,} rows with missing fields were left out")
+        for split in task.optional_splits:
+            if split not in rows[name]:
+                notes.append(f"{task.title} {split} is absent: the score is the mean over what is there")
+    if other:
+        notes.insert(
+            0,
+            f"Rows differ from the official files ({'; '.join(other)}): these scores are NOT comparable with "
+            "published GLUE",
+        )
+    return notes
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results as a Markdown table with its notes."""
+    lines = [
+        f"Model: {results['model']}",
+        "",
+        "| task | metric | mean | std | n | 95 % interval | MosaicBERT-Base, published |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["tasks"].values():
+        several = len(row["metrics"]) > 1
+        for metric in row["metrics"]:
+            name = _NAMES[metric["metric"]]
+            if len({m["split"] for m in row["metrics"]}) > 1:
+                name += f" ({metric['split'].removeprefix('dev_')})"
+            std = "" if metric["std"] is None else f"{metric['std']:.2f}"
+            end = " | | |" if several else _end(row)
+            lines.append(f"| {row['title']} | {name} | {metric['mean']:.2f} | {std} | {metric['n']}{end}")
+        if several:
+            lines.append(f"| {row['title']} | **score** | {row['score']:.2f} | |{_end(row)}")
+    if average := results.get("average"):
+        name = "GLUE" if average["is_glue"] else f"mean of {average['tasks']} tasks"
+        published = f"{GLUE_PUBLISHED_AVERAGE:.2f}" if average["is_glue"] else ""
+        low, high = average["interval"]
+        lines.append(
+            f"| **{name}** | | **{average['score']:.2f}** | | | {low:.2f} to {high:.2f} | {published} |"
+        )
+    return "\n".join([*lines, "", *(f"- {note}" for note in [*results["notes"], _INTERVALS])]) + "\n"
+
+
+def _end(row: Mapping[str, Any]) -> str:
+    low, high = row["interval"]
+    published = "" if row["published"] is None else f"{row['published']:.2f}"
+    return f" | {low:.2f} to {high:.2f} | {published} |"
+
+
+def write_report(results: Mapping[str, Any], out: Path) -> None:
+    """results.json and results.md in `out`."""
+    write_durably(out / "results.json", json.dumps(results, indent=1).encode())
+    write_durably(out / "results.md", table(results).encode())
+
+
+def write_submission(
+    tasks: Mapping[str, Task], jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path
+) -> None:
+    """`OUT/submission/NAME.tsv` for every test split that was answered, by the task's first seed.
+
+    Format: https://gluebenchmark.com/faq. The benchmark also asks for WNLI and AX, which are not run here.
+    """
+    for name, task in tasks.items():
+        first = next((job for job in jobs if job.task == name and outcomes[job.name].result), None)
+        if first is None:
+            continue
+        arrays = safetensors.numpy.load_file(out / "jobs" / first.name / "answers.safetensors")
+        for split, file in task.test_splits:
+            if f"{split}.logits" not in arrays:
+                continue
+            answers = predictions_of(task, arrays[f"{split}.logits"])
+            lines = [f"{index}\t{_said(task, answer)}\n" for index, answer in enumerate(answers.tolist())]
+            write_durably(
+                out / "submission" / f"{file}.tsv", "".join(["index\tprediction\n", *lines]).encode()
+            )
+
+
+def _said(task: Task, answer: float) -> str:
+    if not task.is_regression:
+        return task.labels[int(answer)]
+    low, high = task.label_range or (-np.inf, np.inf)
+    return f"{min(max(answer, low), high):.3f}"
