@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForMaskedLM,
+    BertForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -161,7 +162,9 @@ def _body(source: str, imports: set[str]) -> str:
 @torch.no_grad()
 def _check_logits(model: PreTrainedModel, folder: Path) -> None:
     """Raise CheckpointError unless the folder, loaded as its users will load it, gives the model's logits."""
-    is_classifier = isinstance(model, mosaicbert.MosaicBertForSequenceClassification)
+    is_classifier = isinstance(
+        model, mosaicbert.MosaicBertForSequenceClassification | BertForSequenceClassification
+    )
     auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForMaskedLM
     reloaded = auto_class.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     lengths = torch.tensor([33, 7, 20])
