@@ -79,7 +79,14 @@ def main(argv: list[str] | None = None) -> int:
     model = build_pretraining_model(recipe.model)
     if found:
         saving.load_weights(model, checkpoint)
-    engine = build_engine(model, recipe.optimizer, ds_config, bf16=recipe.engine.precision == "bf16")
+    engine = build_engine(
+        model,
+        recipe.optimizer,
+        ds_config,
+        bf16=recipe.engine.precision == "bf16",
+        # Activation checkpointing keeps the generator's state on the host, which a recording cannot.
+        cuda_graphs=recipe.engine.cuda_graphs and not recipe.model.activation_checkpointing,
+    )
     if found:
         saving.load_moments(engine, checkpoint)
     num_parameters = count_parameters(recipe.model)

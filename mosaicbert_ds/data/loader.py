@@ -23,6 +23,7 @@ from mosaicbert_ds.data.sampler import samples_at
 from mosaicbert_ds.data.shards import ShardSet
 from mosaicbert_ds.data.tokenizer import LoadedTokenizer
 from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.ops import IGNORED_LABEL
 
 T = TypeVar("T")
 
@@ -34,22 +35,19 @@ _EVALUATION_PREFETCH = 8
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Samples one after the other, without padding. Counts are Python numbers: no waiting for the device."""
+    """Samples one after the other, without padding between them, rounded up at the end by `rounded_up`.
 
-    input_ids: torch.Tensor  # (tokens,) int64, some hidden
+    Counts are Python numbers and leave the rounding out: nobody waits for the device to learn them.
+    """
+
+    input_ids: torch.Tensor  # (tokens,) int64, some hidden; what stands behind cu_seqlens[-1] is nobody's
     cu_seqlens: torch.Tensor  # (sequences + 1,) int32: sequence i is cu_seqlens[i] : cu_seqlens[i + 1]
-    max_seqlen: int  # tokens of the longest sequence
+    max_seqlen: int  # at least the tokens of the longest sequence
     masked_positions: torch.Tensor  # (masked,) int64, places in input_ids to guess
-    labels: torch.Tensor  # (masked,) int64, the ids that stood there
+    labels: torch.Tensor  # (masked,) int64, the ids that stood there, IGNORED_LABEL to round up
+    num_tokens: int
+    num_masked: int
     num_samples: int  # sequences that count; 0 in an evaluation batch that only fills up
-
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids.numel()
-
-    @property
-    def num_masked(self) -> int:
-        return self.labels.numel()
 
     def model_inputs(self) -> dict[str, Any]:
         """The unpadded call that every pretraining model answers."""
@@ -62,14 +60,26 @@ class Batch:
         }
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on `device`. A copy to a GPU goes through pinned memory and is not waited for."""
-        device = torch.device(device)
+        """The batch on `device`. A copy to a GPU is not waited for."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The batch in memory that a GPU can read while the host goes on; without a GPU the batch itself."""
+        return self._each(torch.Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                pinned = value.pin_memory() if device.type == "cuda" else value
-                values[name] = pinned.to(device, non_blocking=True)
-        return Batch(**values)
+        return Batch(**{name: move(v) if torch.is_tensor(v) else v for name, v in values.items()})
+
+
+def rounded_up(count: int) -> int:
+    """The size that stands for `count`: a multiple of 64, in steps of a 64th of its power of two.
+
+    Batches then come in a few sizes, so that recorded and compiled code is used again, and what is added
+    is computed for nothing: 0.4 % on average from 4,096 on.
+    """
+    step = max(64, 1 << max(count.bit_length() - 7, 0))
+    return -(-count // step) * step
 
 
 def pretraining_batches(
@@ -178,14 +188,22 @@ def _collate(
     positions, labels = mask_tokens(tokens, lengths, keys, rate, tokenizer)
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
+
+    def filled(values: np.ndarray, fill: int) -> torch.Tensor:
+        return torch.from_numpy(
+            np.pad(values, (0, rounded_up(len(values)) - len(values)), constant_values=fill)
+        )
+
     return Batch(
-        input_ids=torch.from_numpy(tokens),
+        input_ids=filled(tokens, tokenizer.pad_id),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=int(lengths.max()),
-        masked_positions=torch.from_numpy(positions),
-        labels=torch.from_numpy(labels),
+        max_seqlen=min(rounded_up(int(lengths.max())), shards.max_length),
+        masked_positions=filled(positions, 0),
+        labels=filled(labels, IGNORED_LABEL),
+        num_tokens=len(tokens),
+        num_masked=len(labels),
         num_samples=len(indices) if counts else 0,
-    )
+    ).pinned()
 
 
 def _ahead(make: Callable[[int], T], starts: range, prefetch: int) -> Generator[T, None, None]:

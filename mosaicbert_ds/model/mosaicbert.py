@@ -8,7 +8,7 @@ reordered once at the door, its padding behind the last sequence. Position is wh
 between two tokens of a sequence, so no length is the longest.
 
 Parameters carry the names of the published checkpoints. Each is used inside the forward of the module that
-owns it, because ZeRO-3 gathers a module's parameters when that module is called.
+owns it, or of one of `zero3_units`, because ZeRO-3 gathers a module's parameters when that module is called.
 
 This file and `ops/reference.py` are also what an exported model consists of (`export.py`): they import
 nothing but torch, transformers and the standard library, and of our own code only `ops`.
@@ -86,18 +86,6 @@ def packing_of(attention_mask: Tensor) -> Packing:
     return Packing(order, cu_seqlens, real)
 
 
-class DropoutAddLayerNorm(nn.LayerNorm):
-    """LayerNorm(dropout(x) + residual): post-LN, fused because both inputs are read only once."""
-
-    def __init__(self, hidden_size: int, eps: float, dropout_p: float) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.dropout_p = dropout_p
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        dropout_p = self.dropout_p if self.training else 0.0
-        return ops.dropout_add_layer_norm(x, residual, self.weight, self.bias, self.eps, dropout_p)
-
-
 class MosaicBertEmbeddings(nn.Module):
     """Word + token type, LayerNorm, dropout. No position embedding: ALiBi carries the order."""
 
@@ -117,38 +105,29 @@ class MosaicBertEmbeddings(nn.Module):
 
 
 class MosaicBertSelfAttention(nn.Module):
-    """Fused projection to queries, keys and values, then attention with symmetric ALiBi."""
+    """Holds the fused projection to queries, keys and values."""
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.dropout_p = config.attention_probs_dropout_prob
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-
-    def forward(self, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """(tokens, hidden) -> (tokens, hidden)"""
-        qkv = self.Wqkv(hidden).unflatten(-1, (3, self.num_heads, -1))  # (tokens, 3, heads, head_dim)
-        dropout_p = self.dropout_p if self.training else 0.0
-        return ops.attention(qkv, slopes, cu_seqlens, max_seqlen, dropout_p).flatten(1)
 
 
 class MosaicBertAttentionOutput(nn.Module):
-    """Projection, dropout, residual, LayerNorm."""
+    """Holds the projection of the context and the LayerNorm behind it."""
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = DropoutAddLayerNorm(
-            config.hidden_size, config.layer_norm_eps, config.hidden_dropout_prob
-        )
-
-    def forward(self, context: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dense(context), residual)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class MosaicBertAttention(nn.Module):
+    """Self-attention with symmetric ALiBi, then dropout, residual and LayerNorm."""
+
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
+        self.attention_dropout_p = config.attention_probs_dropout_prob
+        self.hidden_dropout_p = config.hidden_dropout_prob
         self.self = MosaicBertSelfAttention(config)
         self.output = MosaicBertAttentionOutput(config)
 
@@ -156,27 +135,35 @@ class MosaicBertAttention(nn.Module):
         self, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, positions: Tensor | None
     ) -> Tensor:
         """(tokens, hidden) -> (tokens, hidden), or (positions, hidden) for those rows alone"""
-        context = self.self(hidden, slopes, cu_seqlens, max_seqlen)
-        if positions is not None:
-            context, hidden = context.index_select(0, positions), hidden.index_select(0, positions)
-        return self.output(context, hidden)
+        qkv, dense, norm = self.self.Wqkv, self.output.dense, self.output.LayerNorm
+        return ops.attention_block(
+            hidden,
+            ops.AttentionWeights(qkv.weight, qkv.bias, dense.weight, dense.bias, norm.weight, norm.bias),
+            slopes,
+            cu_seqlens,
+            max_seqlen,
+            positions,
+            norm.eps,
+            self.attention_dropout_p if self.training else 0.0,
+            self.hidden_dropout_p if self.training else 0.0,
+        )
 
 
 class MosaicBertGatedMLP(nn.Module):
-    """GeGLU feed-forward. Its dropout stands before the down projection, and none behind it."""
+    """GeGLU feed-forward, then residual and LayerNorm."""
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
         self.dropout_p = config.hidden_dropout_prob
         self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.layernorm = DropoutAddLayerNorm(config.hidden_size, config.layer_norm_eps, dropout_p=0.0)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, hidden)"""
-        dropout_p = self.dropout_p if self.training else 0.0
-        gated = ops.geglu(self.gated_layers(hidden), dropout_p)  # (rows, intermediate)
-        return self.layernorm(self.wo(gated), hidden)
+        wo, norm = self.wo, self.layernorm
+        weights = ops.MLPWeights(self.gated_layers.weight, wo.weight, wo.bias, norm.weight, norm.bias)
+        return ops.mlp_block(hidden, weights, norm.eps, self.dropout_p if self.training else 0.0)
 
 
 class MosaicBertLayer(nn.Module):
@@ -284,6 +271,8 @@ class MosaicBertPreTrainedModel(PreTrainedModel):
     config_class = MosaicBertConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
+    # ZeRO-3 gathers each of these as a whole.
+    zero3_units = (MosaicBertAttention, MosaicBertGatedMLP)
     _input_embed_layer = "word_embeddings"
 
     @torch.no_grad()

@@ -1,20 +1,15 @@
 """The arithmetic of the hot path. The model calls these functions and knows no other form of them."""
 
-from mosaicbert_ds.ops.dispatch import (
-    attention,
-    choose_kernels,
-    dropout_add_layer_norm,
-    geglu,
-    masked_lm_loss,
-)
-from mosaicbert_ds.ops.reference import IGNORED_LABEL, alibi_slopes
+from mosaicbert_ds.ops.dispatch import attention_block, choose_kernels, masked_lm_loss, mlp_block
+from mosaicbert_ds.ops.reference import IGNORED_LABEL, AttentionWeights, MLPWeights, alibi_slopes
 
 __all__ = [
     "IGNORED_LABEL",
+    "AttentionWeights",
+    "MLPWeights",
     "alibi_slopes",
-    "attention",
+    "attention_block",
     "choose_kernels",
-    "dropout_add_layer_norm",
-    "geglu",
     "masked_lm_loss",
+    "mlp_block",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.ops import reference
+from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights
 
 BACKENDS = ("auto", "triton", "torch")
 MIN_CAPABILITY = (8, 0)  # bf16 on the tensor cores
@@ -62,41 +63,42 @@ def _on_triton(x: Tensor) -> bool:
 # Triton is imported inside, by the first call that needs it: that takes a second, and many machines lack it.
 
 
-def attention(
-    qkv: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0
+def attention_block(
+    hidden: Tensor,
+    weights: AttentionWeights,
+    slopes: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    positions: Tensor | None,
+    eps: float,
+    attention_dropout_p: float,
+    hidden_dropout_p: float,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim) - slope |i - j|) v within each sequence; see `reference.attention`."""
-    if _on_triton(qkv):
-        from mosaicbert_ds.ops import attention_triton
+    """Attention, dropout, residual and LayerNorm; see `reference.attention_block`."""
+    block = reference.attention_block
+    if _on_triton(hidden):
+        from mosaicbert_ds.ops import attention_triton, blocks_triton
 
-        if qkv.shape[-1] in attention_triton.HEAD_DIMS:
-            return attention_triton.attention(qkv, slopes, cu_seqlens, max_seqlen, dropout_p)
-        if _asked == "triton":
+        head_dim = hidden.shape[1] // slopes.shape[0]
+        if head_dim in attention_triton.HEAD_DIMS:
+            block = blocks_triton.attention_block
+        elif _asked == "triton":
             raise ConfigError(
-                f"kernels is triton, but a head has {qkv.shape[-1]} dimensions; the kernels know "
+                f"kernels is triton, but a head has {head_dim} dimensions; the kernels know "
                 f"{', '.join(map(str, attention_triton.HEAD_DIMS))}; give auto or torch"
             )
-    return reference.attention(qkv, slopes, cu_seqlens, max_seqlen, dropout_p)
+    return block(
+        hidden, weights, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p, hidden_dropout_p
+    )
 
 
-def geglu(gate_value: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """dropout(GELU(gate) * value); see `reference.geglu`."""
-    if _on_triton(gate_value):
-        from mosaicbert_ds.ops import geglu_triton
+def mlp_block(hidden: Tensor, weights: MLPWeights, eps: float, dropout_p: float) -> Tensor:
+    """GeGLU feed-forward, residual and LayerNorm; see `reference.mlp_block`."""
+    if _on_triton(hidden):
+        from mosaicbert_ds.ops import blocks_triton
 
-        return geglu_triton.geglu(gate_value, dropout_p)
-    return reference.geglu(gate_value, dropout_p)
-
-
-def dropout_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float = 0.0
-) -> Tensor:
-    """LayerNorm(dropout(x) + residual); see `reference.dropout_add_layer_norm`."""
-    if _on_triton(x):
-        from mosaicbert_ds.ops import dropout_layernorm_triton
-
-        return dropout_layernorm_triton.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p)
-    return reference.dropout_add_layer_norm(x, residual, weight, bias, eps, dropout_p)
+        return blocks_triton.mlp_block(hidden, weights, eps, dropout_p)
+    return reference.mlp_block(hidden, weights, eps, dropout_p)
 
 
 def masked_lm_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

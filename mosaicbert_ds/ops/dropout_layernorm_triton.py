@@ -1,13 +1,15 @@
-"""Dropout, residual and LayerNorm in one pass: y = weight (h - mean(h)) / std(h) + bias, h = dropout(x) + r.
+"""Bias, dropout, residual and LayerNorm in one pass: y = weight (h - mean(h)) / std(h) + bias,
+h = dropout(x + x_bias) + r. x is a matrix product whose bias is added here, because its gradient, a sum over
+all rows, then costs no pass of its own.
 
 With n the normalised row, g = dy * weight and all means over the row:
 
     dh = (g - mean(g) - n * mean(g * n)) / std,   dr = dh,   dx = dropout's mask and scale applied to dh
-    dweight = sum over rows of dy * n,            dbias = sum over rows of dy
+    dweight = sum over rows of dy * n,   dbias = sum over rows of dy,   dx_bias = sum over rows of dx
 
 Memory traffic an element in bf16: forward 4 bytes in, 2 out. Backward 6 in, 4 out; without dropout dx is dr
 and 2 out. h is made again from x and r instead of stored, mean and 1 / std are kept in fp32. A backward
-program walks over many rows and adds up its share of dweight and dbias in registers; the shares go to memory
+program walks over many rows and adds up its share of the three sums in registers; the shares go to memory
 once, and one sum over them ends it: no atomics, so the same bits each time.
 Source: https://arxiv.org/abs/1607.06450.
 """
@@ -28,12 +30,12 @@ BACKWARD_PROGRAMS, BACKWARD_STAGES = 132 * 8, 1  # fixed: the order of the sums 
 
 @triton.jit
 def _sum_of(
-    x, residual, seed, row, column, mask, width,
+    x, shift, residual, seed, row, column, mask, width,
     THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """h = dropout(x) + residual in fp32, and what dropout keeps (without dropout everything)."""
+    """h = dropout(x + shift) + residual in fp32, and what dropout keeps (without dropout everything)."""
     place = row.to(tl.int64) * width + column
-    h = tl.load(x + place, mask, other=0.0).to(tl.float32)
+    h = tl.load(x + place, mask, other=0.0).to(tl.float32) + shift
     if THRESHOLD > 0:
         octet = tl.arange(0, COLUMNS // 8)[None, :]
         keep = keep_mask(tl.load(seed), row, octet, 0, THRESHOLD, ROWS, COLUMNS)
@@ -44,32 +46,33 @@ def _sum_of(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _forward_kernel(
-    x, residual, weight, bias, out, mean_out, rstd_out, seed, num_rows, eps,
+def _layer_norm_forward(
+    x, x_bias, residual, weight, bias, out, mean_out, rstd_out, seed, num_rows, eps,
     width: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < width
     scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + column, inside, other=0.0).to(tl.float32)
+    offset = tl.load(bias + column, inside, other=0.0).to(tl.float32)
+    shift = tl.load(x_bias + column, inside, other=0.0).to(tl.float32)
     for first in tl.range(tl.program_id(0) * ROWS, num_rows, PROGRAMS * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < num_rows) & inside
-        h, _ = _sum_of(x, residual, seed, row, column, mask, width, THRESHOLD, ROWS, COLUMNS)
+        h, _ = _sum_of(x, shift, residual, seed, row, column, mask, width, THRESHOLD, ROWS, COLUMNS)
         mean = tl.sum(h, axis=1, keep_dims=True) / width
         centred = tl.where(inside, h - mean, 0.0)
         variance = tl.sum(centred * centred, axis=1, keep_dims=True) / width
         rstd = 1.0 / tl.sqrt(variance + eps)
-        y = centred * rstd * scale + shift
+        y = centred * rstd * scale + offset
         tl.store(out + row.to(tl.int64) * width + column, y.to(out.dtype.element_ty), mask)
         tl.store(mean_out + row, mean, row < num_rows)
         tl.store(rstd_out + row, rstd, row < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _backward_kernel(
-    x, residual, weight, d_out, mean_in, rstd_in, d_x, d_residual, partial, seed, num_rows,
+def _layer_norm_backward(
+    x, x_bias, residual, weight, d_out, mean_in, rstd_in, d_x, d_residual, partial, seed, num_rows,
     width: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -77,13 +80,15 @@ def _backward_kernel(
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < width
     scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
+    shift = tl.load(x_bias + column, inside, other=0.0).to(tl.float32)
     d_weight = tl.zeros([ROWS, COLUMNS], tl.float32)
     d_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    d_x_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in tl.range(program * ROWS, num_rows, PROGRAMS * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < num_rows) & inside
         place = row.to(tl.int64) * width + column
-        h, keep = _sum_of(x, residual, seed, row, column, mask, width, THRESHOLD, ROWS, COLUMNS)
+        h, keep = _sum_of(x, shift, residual, seed, row, column, mask, width, THRESHOLD, ROWS, COLUMNS)
         dy = tl.load(d_out + place, mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_in + row, row < num_rows, other=0.0)
         rstd = tl.load(rstd_in + row, row < num_rows, other=0.0)
@@ -98,30 +103,28 @@ def _backward_kernel(
         tl.store(d_x + place, dh.to(d_x.dtype.element_ty), mask)
         d_weight += dy * n
         d_bias += dy
+        d_x_bias += dh
     column = tl.arange(0, COLUMNS)
-    target = partial + program * 2 * width + column  # partial: (PROGRAMS, 2, width)
+    target = partial + program * 3 * width + column  # partial: (PROGRAMS, 3, width)
     tl.store(target, tl.sum(d_weight, axis=0), column < width)
     tl.store(target + width, tl.sum(d_bias, axis=0), column < width)
+    tl.store(target + 2 * width, tl.sum(d_x_bias, axis=0), column < width)
 
 
 @torch.library.custom_op("mosaicbert_ds::dropout_add_layer_norm", mutates_args=())
-def _layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    seed: Tensor | None,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_forward(
+    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor,
+    seed: Tensor | None, eps: float, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """LayerNorm(dropout(x + x_bias) + residual), and mean and 1 / std of each row, fp32."""
     x, residual = x.contiguous(), residual.contiguous()
     num_rows, width = x.shape
     out = torch.empty_like(x)
     mean, rstd = (torch.empty(num_rows, device=x.device, dtype=torch.float32) for _ in range(2))
     if num_rows:
         programs = min(FORWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
-        _forward_kernel[(programs,)](
-            x, residual, weight, bias, out, mean, rstd, seed, num_rows, eps,
+        _layer_norm_forward[(programs,)](
+            x, x_bias, residual, weight, bias, out, mean, rstd, seed, num_rows, eps,
             width, drop_threshold(dropout_p), ROWS, triton.next_power_of_2(max(width, 8)),
             programs, FORWARD_STAGES, num_warps=WARPS,
         )  # fmt: skip
@@ -129,63 +132,66 @@ def _layer_norm(
 
 
 @torch.library.custom_op("mosaicbert_ds::dropout_add_layer_norm_backward", mutates_args=())
-def _layer_norm_backward(
-    x: Tensor, residual: Tensor, weight: Tensor, d_out: Tensor, mean: Tensor, rstd: Tensor,
+def layer_norm_backward(
+    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, d_out: Tensor, mean: Tensor, rstd: Tensor,
     seed: Tensor | None, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """d_x, d_residual (empty without dropout: it is d_x) and (2, width) fp32: d_weight, d_bias."""
+    """d_x, d_residual (empty without dropout: it is d_x) and (3, width) fp32: d_weight, d_bias, d_x_bias."""
     x, residual, d_out = x.contiguous(), residual.contiguous(), d_out.contiguous()
     num_rows, width = x.shape
     threshold = drop_threshold(dropout_p)
     d_x = torch.empty_like(x)
     d_residual = torch.empty_like(x) if threshold else x.new_empty(0)
     programs = max(1, min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS)))
-    partial = torch.empty(programs, 2, width, device=x.device, dtype=torch.float32)
-    _backward_kernel[(programs,)](
-        x, residual, weight, d_out, mean, rstd, d_x, d_residual, partial, seed, num_rows,
+    partial = torch.empty(programs, 3, width, device=x.device, dtype=torch.float32)
+    _layer_norm_backward[(programs,)](
+        x, x_bias, residual, weight, d_out, mean, rstd, d_x, d_residual, partial, seed, num_rows,
         width, threshold, ROWS, triton.next_power_of_2(max(width, 8)),
         programs, BACKWARD_STAGES, num_warps=WARPS,
     )  # fmt: skip
     return d_x, d_residual, partial.sum(0)
 
 
-@_layer_norm.register_fake
-def _(x, residual, weight, bias, seed, eps, dropout_p):
+@layer_norm_forward.register_fake
+def _(x, x_bias, residual, weight, bias, seed, eps, dropout_p):
     statistics = x.new_empty(x.shape[0], dtype=torch.float32)
     return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
 
 
-@_layer_norm_backward.register_fake
-def _(x, residual, weight, d_out, mean, rstd, seed, dropout_p):
+@layer_norm_backward.register_fake
+def _(x, x_bias, residual, weight, d_out, mean, rstd, seed, dropout_p):
     d_residual = x.new_empty(x.shape) if drop_threshold(dropout_p) else x.new_empty(0)
-    return x.new_empty(x.shape), d_residual, x.new_empty(2, x.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), d_residual, x.new_empty(3, x.shape[1], dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
-    x, residual, weight, bias, seed, _, ctx.dropout_p = inputs
+    x, x_bias, residual, weight, bias, seed, _, ctx.dropout_p = inputs
     _, mean, rstd = output
     ctx.bias_dtype = bias.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, residual, weight, mean, rstd, seed)
+    ctx.save_for_backward(x, x_bias, residual, weight, mean, rstd, seed)
 
 
 def _backward(ctx, d_out, d_mean, d_rstd):
-    x, residual, weight, mean, rstd, seed = ctx.saved_tensors
-    d_x, d_residual, d_affine = _layer_norm_backward(
-        x, residual, weight, d_out, mean, rstd, seed, ctx.dropout_p
+    x, x_bias, residual, weight, mean, rstd, seed = ctx.saved_tensors
+    d_x, d_residual, sums = layer_norm_backward(
+        x, x_bias, residual, weight, d_out, mean, rstd, seed, ctx.dropout_p
     )
     if not drop_threshold(ctx.dropout_p):
         d_residual = d_x
-    d_weight, d_bias = d_affine[0].to(weight.dtype), d_affine[1].to(ctx.bias_dtype)
-    return d_x, d_residual, d_weight, d_bias, None, None, None
+    d_weight, d_bias, d_x_bias = sums
+    return (
+        d_x, d_x_bias.to(x_bias.dtype), d_residual, d_weight.to(weight.dtype), d_bias.to(ctx.bias_dtype),
+        None, None, None,
+    )  # fmt: skip
 
 
-_layer_norm.register_autograd(_backward, setup_context=_save)
+layer_norm_forward.register_autograd(_backward, setup_context=_save)
 
 
 def dropout_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float = 0.0
+    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
 ) -> Tensor:
-    """LayerNorm(dropout(x) + residual): x, residual (tokens, hidden) -> (tokens, hidden) in x's dtype."""
+    """LayerNorm(dropout(x + x_bias) + residual): x, residual (tokens, hidden) -> (tokens, hidden)."""
     seed = draw_seed(x.device) if drop_threshold(dropout_p) else None
-    return _layer_norm(x, residual, weight, bias, seed, eps, dropout_p)[0]
+    return layer_norm_forward(x, x_bias, residual, weight, bias, seed, eps, dropout_p)[0]

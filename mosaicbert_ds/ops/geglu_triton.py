@@ -4,9 +4,11 @@
     d gate  = g * value * (Phi(gate) + gate * phi(gate)),  phi = exp(-x^2 / 2) / sqrt(2 pi),
     g = dropout's mask and scale applied to the gradient of y
 
-Memory traffic an output element in bf16: forward 4 bytes in, 2 out; backward 6 in, 4 out. Nothing but the
-input and an 8-byte seed is kept for the backward pass. At 4.2 TB/s an H200 has about 41 instructions a
-forward element, so Phi and the random bits must be cheap: one Philox call serves eight elements.
+Memory traffic an output element in bf16: forward 4 bytes in, 2 out; backward 6 in, 6 out. Nothing but the
+input and an 8-byte seed is kept for the backward pass, which makes y again on its way: the product that
+follows needs it for its weight gradient, and 12 layers of it would be a fifth of a step's memory. At 4.2 TB/s
+an H200 has about 41 instructions a forward element, so Phi and the random bits must be cheap: one Philox call
+serves eight elements.
 Source: GLU variants, https://arxiv.org/abs/2002.05202; Phi: erfc of Numerical Recipes (3rd ed., 6.2.2).
 """
 
@@ -57,7 +59,7 @@ def _tile(num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _forward_kernel(
+def _geglu_forward(
     gate_value, out, seed, num_rows, width,
     THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -73,19 +75,23 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _backward_kernel(
-    gate_value, d_out, d_gate_value, seed, num_rows, width,
+def _geglu_backward(
+    gate_value, d_out, d_gate_value, out, seed, num_rows, width,
     THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, column, octet, mask = _tile(num_rows, width, ROWS, COLUMNS)
     source = gate_value + row.to(tl.int64) * (2 * width) + column
     gate = tl.load(source, mask, other=0.0).to(tl.float32)
     value = tl.load(source + width, mask, other=0.0).to(tl.float32)
-    g = tl.load(d_out + row.to(tl.int64) * width + column, mask, other=0.0).to(tl.float32)
+    narrow = row.to(tl.int64) * width + column
+    g = tl.load(d_out + narrow, mask, other=0.0).to(tl.float32)
+    cdf = _normal_cdf(gate)
+    y = gate * cdf * value
     if THRESHOLD > 0:
         keep = keep_mask(tl.load(seed), row, octet, 0, THRESHOLD, ROWS, COLUMNS)
         g = tl.where(keep, g * keep_scale(THRESHOLD), 0.0)
-    cdf = _normal_cdf(gate)
+        y = tl.where(keep, y * keep_scale(THRESHOLD), 0.0)
+    tl.store(out + narrow, y.to(out.dtype.element_ty), mask)
     density = 0.3989422804014327 * tl.exp2(gate * gate * (-0.5 * LOG2_E))
     target = d_gate_value + row.to(tl.int64) * (2 * width) + column
     d_gate = g * value * (cdf + gate * density)
@@ -98,12 +104,12 @@ def _grid(num_rows: int, width: int) -> tuple[int]:
 
 
 @torch.library.custom_op("mosaicbert_ds::geglu", mutates_args=())
-def _geglu(gate_value: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+def geglu_forward(gate_value: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     gate_value = gate_value.contiguous()
     num_rows, width = gate_value.shape[0], gate_value.shape[1] // 2
     out = gate_value.new_empty(num_rows, width)
     if num_rows:
-        _forward_kernel[_grid(num_rows, width)](
+        _geglu_forward[_grid(num_rows, width)](
             gate_value, out, seed, num_rows, width,
             drop_threshold(dropout_p), ROWS, COLUMNS, num_warps=WARPS,
         )  # fmt: skip
@@ -111,26 +117,29 @@ def _geglu(gate_value: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
 
 
 @torch.library.custom_op("mosaicbert_ds::geglu_backward", mutates_args=())
-def _geglu_backward(gate_value: Tensor, d_out: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+def geglu_backward(
+    gate_value: Tensor, d_out: Tensor, seed: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """d_gate_value, and the forward's output once more."""
     gate_value, d_out = gate_value.contiguous(), d_out.contiguous()
     num_rows, width = d_out.shape
-    d_gate_value = torch.empty_like(gate_value)
+    d_gate_value, out = torch.empty_like(gate_value), torch.empty_like(d_out)
     if num_rows:
-        _backward_kernel[_grid(num_rows, width)](
-            gate_value, d_out, d_gate_value, seed, num_rows, width,
+        _geglu_backward[_grid(num_rows, width)](
+            gate_value, d_out, d_gate_value, out, seed, num_rows, width,
             drop_threshold(dropout_p), ROWS, COLUMNS, num_warps=WARPS,
         )  # fmt: skip
-    return d_gate_value
+    return d_gate_value, out
 
 
-@_geglu.register_fake
+@geglu_forward.register_fake
 def _(gate_value, seed, dropout_p):
     return gate_value.new_empty(gate_value.shape[0], gate_value.shape[1] // 2)
 
 
-@_geglu_backward.register_fake
+@geglu_backward.register_fake
 def _(gate_value, d_out, seed, dropout_p):
-    return gate_value.new_empty(gate_value.shape)
+    return gate_value.new_empty(gate_value.shape), d_out.new_empty(d_out.shape)
 
 
 def _save(ctx, inputs, output):
@@ -140,13 +149,13 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, d_out):
     gate_value, seed = ctx.saved_tensors
-    return _geglu_backward(gate_value, d_out, seed, ctx.dropout_p), None, None
+    return geglu_backward(gate_value, d_out, seed, ctx.dropout_p)[0], None, None
 
 
-_geglu.register_autograd(_backward, setup_context=_save)
+geglu_forward.register_autograd(_backward, setup_context=_save)
 
 
 def geglu(gate_value: Tensor, dropout_p: float = 0.0) -> Tensor:
     """dropout(GELU(gate) * value): (tokens, 2 * intermediate) -> (tokens, intermediate)."""
     seed = draw_seed(gate_value.device) if drop_threshold(dropout_p) else None
-    return _geglu(gate_value, seed, dropout_p)
+    return geglu_forward(gate_value, seed, dropout_p)

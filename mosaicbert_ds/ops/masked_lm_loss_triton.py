@@ -24,7 +24,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _loss_kernel(
+def _masked_lm_loss(
     logits, labels, losses, correct, vocab,
     IGNORED: tl.constexpr, WRITE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def _loss(
     losses = torch.empty(num_rows, device=hidden.device, dtype=torch.float32)
     correct = torch.empty(num_rows, device=hidden.device, dtype=torch.int64)
     if num_rows:
-        _loss_kernel[(num_rows,)](
+        _masked_lm_loss[(num_rows,)](
             logits, labels.contiguous(), losses, correct, vocab,
             IGNORED_LABEL, needs_gradient, BLOCK, num_warps=WARPS,
         )  # fmt: skip

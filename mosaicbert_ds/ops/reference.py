@@ -6,6 +6,7 @@ round the batch up to a fixed shape. Nothing here waits for the device, so a ste
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,14 +107,73 @@ def geglu(gate_value: Tensor, dropout_p: float = 0.0) -> Tensor:
 
 
 def dropout_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float = 0.0
+    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
 ) -> Tensor:
-    """LayerNorm(dropout(x) + residual) over the last dimension, sum and statistics in fp32.
+    """LayerNorm(dropout(x + x_bias) + residual) over the last dimension, sums and statistics in fp32.
 
-    x, residual: (tokens, hidden); weight, bias: (hidden,). Returns (tokens, hidden) in x's dtype.
+    x, residual: (tokens, hidden); x_bias, weight, bias: (hidden,). Returns (tokens, hidden) in x's dtype.
     """
-    total = F.dropout(x, dropout_p).float() + residual.float()
+    total = F.dropout(x.float() + x_bias.float(), dropout_p) + residual.float()
     return F.layer_norm(total, weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+
+
+class AttentionWeights(NamedTuple):
+    """Of the first half of a layer; a weight is (out, in), as in nn.Linear."""
+
+    qkv_weight: Tensor  # (3 * hidden, hidden)
+    qkv_bias: Tensor
+    dense_weight: Tensor  # (hidden, hidden)
+    dense_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+class MLPWeights(NamedTuple):
+    """Of the second half of a layer."""
+
+    gate_value_weight: Tensor  # (2 * intermediate, hidden), the gate first
+    down_weight: Tensor  # (hidden, intermediate)
+    down_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def attention_block(
+    hidden: Tensor,
+    weights: AttentionWeights,
+    slopes: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    positions: Tensor | None,
+    eps: float,
+    attention_dropout_p: float,
+    hidden_dropout_p: float,
+) -> Tensor:
+    """LayerNorm(dropout(attention(hidden Wqkv) Wdense) + hidden): post-LN self-attention.
+
+    hidden: (tokens, hidden). Returns (tokens, hidden), or (positions, hidden) for those rows alone.
+    """
+    qkv = F.linear(hidden, weights.qkv_weight, weights.qkv_bias)
+    qkv = qkv.unflatten(-1, (3, slopes.shape[0], -1))  # (tokens, 3, heads, head_dim)
+    context = attention(qkv, slopes, cu_seqlens, max_seqlen, attention_dropout_p).flatten(1)
+    if positions is not None:
+        context, hidden = context.index_select(0, positions), hidden.index_select(0, positions)
+    dense = F.linear(context, weights.dense_weight)
+    return dropout_add_layer_norm(
+        dense, weights.dense_bias, hidden, weights.norm_weight, weights.norm_bias, eps, hidden_dropout_p
+    )
+
+
+def mlp_block(hidden: Tensor, weights: MLPWeights, eps: float, dropout_p: float) -> Tensor:
+    """LayerNorm(dropout(GELU(hidden Wgate) * (hidden Wvalue)) Wdown + hidden): (rows, hidden) -> the same.
+
+    The dropout stands before the down projection, and none behind it.
+    """
+    gated = geglu(F.linear(hidden, weights.gate_value_weight), dropout_p)  # (rows, intermediate)
+    down = F.linear(gated, weights.down_weight)
+    return dropout_add_layer_norm(
+        down, weights.down_bias, hidden, weights.norm_weight, weights.norm_bias, eps, dropout_p=0.0
+    )
 
 
 def masked_lm_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

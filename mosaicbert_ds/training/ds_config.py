@@ -40,11 +40,13 @@ _RECIPE_KEYS = {
 class EngineConfig:
     """`deepspeed`: a file of ds_configs/ by name (`zero1`) or a path to a JSON file.
     `precision`: of the matrix products; weights and moments are fp32 either way.
-    `kernels`: of the hot path; auto is triton on a GPU that can run it, torch elsewhere."""
+    `kernels`: of the hot path; auto is triton on a GPU that can run it, torch elsewhere.
+    `cuda_graphs`: at ZeRO 0 and 1 on a GPU; false to see each kernel's own error, or to debug the model."""
 
     deepspeed: str = "zero1"
     precision: Literal["bf16", "fp32"] = "bf16"
     kernels: Literal["auto", "triton", "torch"] = "auto"
+    cuda_graphs: bool = True
 
 
 @recipe_part
@@ -115,6 +117,8 @@ def resolve_ds_config(tree: dict[str, Any], config: EngineConfig, plan: BatchPla
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        # DeepSpeed's own speedometer waits for the device around every micro batch.
+        "timers": {"throughput": {"enabled": False}},
     }
 
 

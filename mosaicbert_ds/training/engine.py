@@ -21,6 +21,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from mosaicbert_ds import dist
 from mosaicbert_ds.errors import ConfigError, TrainingError
 from mosaicbert_ds.training.ds_config import name_accelerator
+from mosaicbert_ds.training.micro_batch import MicroBatch
 from mosaicbert_ds.training.optimizer import OptimizerConfig, build_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's first and second, by torch's names
@@ -73,29 +74,47 @@ def init_distributed() -> None:
     )
 
 
-def build_engine(model: nn.Module, optimizer: OptimizerConfig, ds_config: dict[str, Any], bf16: bool) -> Any:
+def build_engine(
+    model: nn.Module,
+    optimizer: OptimizerConfig,
+    ds_config: dict[str, Any],
+    bf16: bool,
+    cuda_graphs: bool = True,
+) -> Any:
     """Wrap `model`, whose weights are fp32 and equal on all ranks, in a DeepSpeedEngine.
 
     DeepSpeed builds its fp32 master weights from the bf16 module. They are written again from the
     original weights, so that every stage starts, and every resumed run goes on, from the same bits.
     """
     import deepspeed
+    from deepspeed.runtime import bf16_optimizer
 
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     deepspeed_bf16 = ds_config["bf16"]["enabled"]
     model = model.to(dist.device(), torch.bfloat16 if deepspeed_bf16 else torch.float32)
     base = build_optimizer(model.parameters(), optimizer)
-    if ds_config["zero_optimization"].get("stage", 0) == 0:
-        base.register_step_pre_hook(_note_grad_norm)
+    if units := getattr(model, "zero3_units", None):
+        deepspeed.utils.set_z3_leaf_modules(model, units)
+    stage = ds_config["zero_optimization"].get("stage", 0)
+    module = Bf16Compute(model) if bf16 and not deepspeed_bf16 else model
+    if stage == 0 or (stage == 1 and deepspeed_bf16):
+        module = MicroBatch(module, record=cuda_graphs and dist.device().type == "cuda")
+    # DeepSpeed looks at each step's gradient norm on the host and skips the step where it is not finite, and
+    # waits for the device to do so. The loop looks at the norms of many steps at once and ends the run.
+    bf16_optimizer.is_invalid_grad_norm = lambda norm: False
     try:
         engine, *_ = deepspeed.initialize(
-            model=Bf16Compute(model) if bf16 and not deepspeed_bf16 else model,
+            model=module,
             optimizer=base,
             config=ds_config,
             dist_init_required=False,
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
+    if stage == 0:
+        base.register_step_pre_hook(_note_grad_norm)
+    if isinstance(module, MicroBatch):
+        _sum_gradients_in_fp32(engine, module)
     for name, parameter in named_parameters(engine).items():
         scatter(engine, parameter, "weights", weights[name])
     return engine
@@ -104,7 +123,34 @@ def build_engine(model: nn.Module, optimizer: OptimizerConfig, ds_config: dict[s
 def named_parameters(engine: Any) -> dict[str, nn.Parameter]:
     """The model's parameters by the names that checkpoints use."""
     module = engine.module
-    return dict((module.module if isinstance(module, Bf16Compute) else module).named_parameters())
+    while isinstance(module, MicroBatch | Bf16Compute):
+        module = module.module
+    return dict(module.named_parameters())
+
+
+def _sum_gradients_in_fp32(engine: Any, module: MicroBatch) -> None:
+    """Tell `module` where DeepSpeed keeps each parameter's summed gradient, and DeepSpeed that it is there."""
+    optimizer, parameters = engine.optimizer, list(module.parameters())
+    if engine.zero_optimization_stage() == 0:
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+
+        def before(*_: Any) -> None:  # the engine drops `.grad` after each step
+            if parameters[0].grad is None:
+                torch._foreach_zero_(sums)
+                for parameter, total in zip(parameters, sums, strict=True):
+                    parameter.grad = total
+    else:
+        (group,), (flat_sums,) = optimizer.bf16_groups, optimizer.fp32_groups_gradients
+        sum_of = dict(zip(group, flat_sums, strict=True))
+        sums = [sum_of[parameter].view_as(parameter) for parameter in parameters]
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.main_grad = total  # type: ignore[attr-defined]
+
+        def before(*_: Any) -> None:  # the optimizer forgets it after each step
+            optimizer.fp32_groups_has_gradients[0] = [True] * len(group)
+
+    module.sum_into(sums)
+    module.register_forward_pre_hook(before)
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

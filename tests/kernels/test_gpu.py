@@ -146,7 +146,7 @@ def test_attention_dropout_has_one_mask_for_both_passes(length, head_dim):
         probe = qkv.clone()
         keys = torch.arange(length, device="cuda")[:, None] - first
         probe[:, 2] = (keys == torch.arange(head_dim, device="cuda")).bfloat16()[:, None]
-        out = attention_triton._attention(probe, slopes, cu_seqlens, length, seed, p)[0]
+        out = attention_triton.attention_forward(probe, slopes, cu_seqlens, length, seed, p)[0]
         width = min(head_dim, length - first)
         kept[..., first : first + width] = (out.transpose(0, 1)[..., :width] > 0).double()
     assert abs(kept.mean() - (1 - p)) < 4 * (p * (1 - p) / kept.numel()) ** 0.5
@@ -159,7 +159,7 @@ def test_attention_dropout_has_one_mask_for_both_passes(length, head_dim):
         return ((scores.softmax(-1) * kept / (1 - p)).to(v.dtype) @ v).transpose(0, 1)
 
     assert_as_exact_as_torch(
-        lambda x: attention_triton._attention(x, slopes, cu_seqlens, length, seed, p)[0],
+        lambda x: attention_triton.attention_forward(x, slopes, cu_seqlens, length, seed, p)[0],
         masked,
         [qkv],
         normal(length, heads, head_dim),
@@ -177,10 +177,10 @@ def test_geglu_is_as_exact_as_torch(poisoned, rows, width):
 def test_geglu_dropout_has_one_mask_for_both_passes(poisoned):
     rows, width, p = 1000, 3072, 0.1
     gate_value, seed = normal(rows, 2 * width), torch.randint(2**62, (1,), device="cuda")
-    keep = geglu_triton._geglu(torch.ones_like(gate_value), seed, p) != 0
+    keep = geglu_triton.geglu_forward(torch.ones_like(gate_value), seed, p) != 0
     assert abs(keep.double().mean() - (1 - p)) < 4 * (p * (1 - p) / keep.numel()) ** 0.5
     assert_as_exact_as_torch(
-        lambda x: geglu_triton._geglu(x, seed, p),
+        lambda x: geglu_triton.geglu_forward(x, seed, p),
         lambda x: reference.geglu(x) * keep / (1 - p),
         [gate_value],
         normal(rows, width),
@@ -192,7 +192,7 @@ def test_random_bits_of_neighbours_are_independent():
     rows, width, p = 2048, 3072, 0.5
     ones = torch.ones(rows, 2 * width, device="cuda", dtype=torch.bfloat16)
     first, second = (
-        (geglu_triton._geglu(ones, torch.tensor([seed], device="cuda"), p) != 0).double() * 2 - 1
+        (geglu_triton.geglu_forward(ones, torch.tensor([seed], device="cuda"), p) != 0).double() * 2 - 1
         for seed in (11, 12)
     )
     pairs = [(first[:, :-d], first[:, d:]) for d in (1, 2, 3, 4, 5, 6, 7, 8, 64)]
@@ -201,23 +201,26 @@ def test_random_bits_of_neighbours_are_independent():
         assert (a * b).mean().abs() < 5 / a.numel() ** 0.5
 
 
+def layer_norm_inputs(rows, width):
+    """x, its bias, residual, weight, bias"""
+    return [normal(*shape) for shape in ((rows, width), (width,), (rows, width), (width,), (width,))]
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 768), (5000, 768), (700, 1024), (3, 24)])
 def test_layer_norm_is_as_exact_as_torch(poisoned, rows, width):
-    inputs = [normal(rows, width), normal(rows, width), normal(width), normal(width)]
+    inputs = layer_norm_inputs(rows, width)
     found = assert_as_exact_as_torch(
-        lambda *x: dropout_layernorm_triton.dropout_add_layer_norm(*x, 1e-12),
-        lambda x, r, w, b: (
-            torch.nn.functional.layer_norm(
-                x.double() + r.double(), (width,), w.double(), b.double(), 1e-12
-            ).to(x.dtype)
+        lambda *x: dropout_layernorm_triton.dropout_add_layer_norm(*x, 1e-12, 0.0),
+        lambda x, xb, r, w, b: (
+            torch.nn.functional.layer_norm(x + xb + r, (width,), w, b, 1e-12)
             if x.dtype == torch.float64
-            else reference.dropout_add_layer_norm(x, r, w, b, 1e-12)
+            else reference.dropout_add_layer_norm(x, xb, r, w, b, 1e-12, 0.0)
         ),
         inputs,
         normal(rows, width),
     )
     again = run(
-        lambda *x: dropout_layernorm_triton.dropout_add_layer_norm(*x, 1e-12),
+        lambda *x: dropout_layernorm_triton.dropout_add_layer_norm(*x, 1e-12, 0.0),
         inputs,
         normal(rows, width),
         torch.bfloat16,
@@ -230,18 +233,23 @@ def test_layer_norm_dropout_has_one_mask_for_both_passes(poisoned):
     seed = torch.randint(2**62, (1,), device="cuda")
     ones, zeros = torch.ones(width, device="cuda").bfloat16(), torch.zeros(width, device="cuda").bfloat16()
     x = torch.ones(rows, width, device="cuda").bfloat16()
-    keep = dropout_layernorm_triton._layer_norm(x, torch.zeros_like(x), ones, zeros, seed, 1e-12, p)[0] > 0
+    keep = (
+        dropout_layernorm_triton.layer_norm_forward(
+            x, zeros, torch.zeros_like(x), ones, zeros, seed, 1e-12, p
+        )[0]
+        > 0
+    )
     assert abs(keep.double().mean() - (1 - p)) < 4 * (p * (1 - p) / keep.numel()) ** 0.5
 
-    def masked(x, r, w, b):
+    def masked(x, xb, r, w, b):
         wide = torch.promote_types(x.dtype, torch.float32)
-        total = x.to(wide) * keep / (1 - p) + r.to(wide)
+        total = (x.to(wide) + xb.to(wide)) * keep / (1 - p) + r.to(wide)
         return torch.nn.functional.layer_norm(total, (width,), w.to(wide), b.to(wide), 1e-12).to(x.dtype)
 
     assert_as_exact_as_torch(
-        lambda *x: dropout_layernorm_triton._layer_norm(*x, seed, 1e-12, p)[0],
+        lambda *x: dropout_layernorm_triton.layer_norm_forward(*x, seed, 1e-12, p)[0],
         masked,
-        [normal(rows, width), normal(rows, width), normal(width), normal(width)],
+        layer_norm_inputs(rows, width),
         normal(rows, width),
     )
 
@@ -276,7 +284,7 @@ def _small_step(x, weight, slopes, cu_seqlens, dropout_p):
     qkv = torch.nn.functional.linear(x, weight).unflatten(-1, (3, heads, -1))
     context = attention_triton.attention(qkv, slopes, cu_seqlens, 100, dropout_p).flatten(1)
     ones = torch.ones_like(context[0])
-    hidden = dropout_layernorm_triton.dropout_add_layer_norm(context, x, ones, ones, 1e-12, dropout_p)
+    hidden = dropout_layernorm_triton.dropout_add_layer_norm(context, ones, x, ones, ones, 1e-12, dropout_p)
     gated = geglu_triton.geglu(torch.cat([hidden, hidden], 1), dropout_p)
     labels = torch.arange(gated.shape[0], device=x.device) % 50
     return masked_lm_loss_triton.masked_lm_loss(gated, weight[:64], weight[:64, 0], labels)[0]

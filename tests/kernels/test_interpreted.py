@@ -128,7 +128,7 @@ def test_attention_dropout_has_one_mask_for_both_passes(lengths):
         for sequence, (start, end) in enumerate(pairwise(starts)):
             keys = torch.arange(end - start, device=DEVICE)[:, None] - first_key
             probe[start:end, 2] = (keys == torch.arange(head_dim, device=DEVICE)).float()[:, None]
-            out = attention_triton._attention(probe, slopes, cu_seqlens, longest, seed, p)[0]
+            out = attention_triton.attention_forward(probe, slopes, cu_seqlens, longest, seed, p)[0]
             width = min(head_dim, longest - first_key)
             part = out[start:end].transpose(0, 1)[..., :width]
             kept[sequence, :, : end - start, first_key : first_key + width] = (part > 0).float()
@@ -148,7 +148,7 @@ def test_attention_dropout_has_one_mask_for_both_passes(lengths):
         return out
 
     assert_agree(
-        lambda x: attention_triton._attention(x, slopes, cu_seqlens, longest, seed, p)[0],
+        lambda x: attention_triton.attention_forward(x, slopes, cu_seqlens, longest, seed, p)[0],
         masked,
         [qkv],
         normal(sum(lengths), heads, head_dim, seed=1),
@@ -173,43 +173,51 @@ def test_geglu_is_exact_in_the_tails():
 def test_geglu_dropout_has_one_mask_for_both_passes():
     gate_value, weight, p = normal(40, 2 * 264), normal(40, 264, seed=1), 0.1
     seed = torch.tensor([2**40 + 3], device=DEVICE)
-    keep = geglu_triton._geglu(gate_value, seed, p) != 0
+    keep = geglu_triton.geglu_forward(gate_value, seed, p) != 0
     assert abs(keep.float().mean() - 0.9) < 4 * (0.09 / keep.numel()) ** 0.5
     scale = 65536 / (65536 - round(p * 65536))
     assert_agree(
-        lambda x: geglu_triton._geglu(x, seed, p),
+        lambda x: geglu_triton.geglu_forward(x, seed, p),
         lambda x: reference.geglu(x) * keep * scale,
         [gate_value],
         weight,
     )
 
 
+def layer_norm_inputs(rows, width):
+    """x, its bias, residual, weight, bias"""
+    shapes = [(rows, width), (width,), (rows, width), (width,), (width,)]
+    return [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
 @pytest.mark.parametrize(("rows", "width"), [(1, 8), (5, 24), (3, 520), (70, 32)])
 def test_layer_norm_and_its_gradient(poisoned, rows, width):
-    inputs = [normal(rows, width), normal(rows, width, seed=1), normal(width, seed=2), normal(width, seed=3)]
     assert_agree(
-        lambda *x: dropout_layernorm_triton.dropout_add_layer_norm(*x, 1e-12),
-        lambda *x: torch.nn.functional.layer_norm(x[0] + x[1], (width,), x[2], x[3], 1e-12),
-        inputs,
+        lambda *x: dropout_layernorm_triton.dropout_add_layer_norm(*x, 1e-12, 0.0),
+        lambda x, xb, r, w, b: torch.nn.functional.layer_norm(x + xb + r, (width,), w, b, 1e-12),
+        layer_norm_inputs(rows, width),
         normal(rows, width, seed=4),
     )
 
 
 def test_layer_norm_dropout_has_one_mask_for_both_passes():
     rows, width, p = 40, 264, 0.1
-    inputs = [normal(rows, width), normal(rows, width, seed=1), normal(width, seed=2), normal(width, seed=3)]
     seed = torch.tensor([9], device=DEVICE)
     x = torch.ones(rows, width, device=DEVICE, requires_grad=True)
     ones, zeros = torch.ones(width, device=DEVICE), torch.zeros(width, device=DEVICE)
     # Of a row of ones and a residual of zeros the survivors stand out above the mean.
-    out = dropout_layernorm_triton._layer_norm(x, torch.zeros_like(x), ones, zeros, seed, 1e-12, p)[0]
+    out = dropout_layernorm_triton.layer_norm_forward(
+        x, zeros, torch.zeros_like(x), ones, zeros, seed, 1e-12, p
+    )[0]
     keep = out > 0
     assert abs(keep.float().mean() - 0.9) < 4 * (0.09 / keep.numel()) ** 0.5
     scale = 65536 / (65536 - round(p * 65536))
     assert_agree(
-        lambda *x: dropout_layernorm_triton._layer_norm(*x, seed, 1e-12, p)[0],
-        lambda x, r, w, b: torch.nn.functional.layer_norm(x * keep * scale + r, (width,), w, b, 1e-12),
-        inputs,
+        lambda *x: dropout_layernorm_triton.layer_norm_forward(*x, seed, 1e-12, p)[0],
+        lambda x, xb, r, w, b: torch.nn.functional.layer_norm(
+            (x + xb) * keep * scale + r, (width,), w, b, 1e-12
+        ),
+        layer_norm_inputs(rows, width),
         normal(rows, width, seed=4),
     )
 
@@ -266,7 +274,7 @@ def test_manual_seed_decides_the_mask(op):
         if op == "geglu":
             return geglu_triton.geglu(x, 0.3)
         if op == "layer_norm":
-            return dropout_layernorm_triton.dropout_add_layer_norm(x, x, ones, zeros, 1e-12, 0.3)
+            return dropout_layernorm_triton.dropout_add_layer_norm(x, zeros, x, ones, zeros, 1e-12, 0.3)
         qkv = x.view(30, 3, 2, 16)
         return attention_triton.attention(qkv, ones[:2], cu_seqlens_of([10, 20]), 20, 0.3)
 

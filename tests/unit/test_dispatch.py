@@ -43,8 +43,11 @@ def test_with_a_gpu_and_triton_auto_is_triton_and_torch_stays_torch(monkeypatch)
 def test_tensors_on_the_cpu_take_torch_whatever_was_chosen(monkeypatch):
     monkeypatch.setattr(dispatch, "_obstacle", lambda: None)
     ops.choose_kernels("triton")
-    gate_value = torch.randn(3, 8)
-    assert torch.equal(ops.geglu(gate_value), reference.geglu(gate_value))
+    hidden = torch.randn(3, 8)
+    weights = ops.MLPWeights(torch.randn(12, 8), torch.randn(8, 6), *torch.randn(3, 8))
+    assert torch.equal(
+        ops.mlp_block(hidden, weights, 1e-12, 0.0), reference.mlp_block(hidden, weights, 1e-12, 0.0)
+    )
 
 
 def test_importing_the_operations_imports_no_triton():

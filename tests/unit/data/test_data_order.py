@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaicbert_ds.data.config import DataConfig, MaskingConfig
-from mosaicbert_ds.data.loader import evaluation_batches, micro_batch_slices, pretraining_batches
+from mosaicbert_ds.data.loader import evaluation_batches, micro_batch_slices, pretraining_batches, rounded_up
 from mosaicbert_ds.data.sampler import samples_at
 from mosaicbert_ds.data.shards import ShardSet
 from mosaicbert_ds.data.tokenizer import load_tokenizer
 from mosaicbert_ds.errors import ConfigError, DataError
+from mosaicbert_ds.ops import IGNORED_LABEL
 
 DATA = DataConfig(max_length=32, documents="chunk")  # as the prepared folder was made
 
@@ -43,9 +44,10 @@ def contents(micro_batches):
     samples = []
     for batch in micro_batches:
         for begin, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
-            inside = (batch.masked_positions >= begin) & (batch.masked_positions < end)
-            places = (batch.masked_positions[inside] - begin).tolist()
-            samples.append((batch.input_ids[begin:end].tolist(), places, batch.labels[inside].tolist()))
+            positions, labels = batch.masked_positions[: batch.num_masked], batch.labels[: batch.num_masked]
+            inside = (positions >= begin) & (positions < end)
+            places = (positions[inside] - begin).tolist()
+            samples.append((batch.input_ids[begin:end].tolist(), places, labels[inside].tolist()))
     return samples
 
 
@@ -109,6 +111,15 @@ def test_samples_and_masks_do_not_depend_on_the_layout(train, tokenizer, layout)
         assert contents([b for step in zip(*by_rank, strict=True) for b in step]) == expected
 
 
+@given(st.integers(0, 2**40))
+def test_sizes_are_rounded_up_a_little_and_into_few(count):
+    size = rounded_up(count)
+    assert count <= size < count + max(64, 1 + count / 64)
+    assert size == rounded_up(size)
+    assert size % 64 == 0
+    assert len({rounded_up(n) for n in range(size, 2 * size, max(size // 1000, 1))}) <= 130
+
+
 def test_replay_from_every_position_equals_the_undisturbed_stream(train, tokenizer):
     sizes = {
         "global_batch_size": 32,
@@ -128,13 +139,19 @@ def test_restored_tokens_are_the_shards_samples(train, tokenizer):
     [[batch]] = batches(train, tokenizer, **sizes)
     _, indices = samples_at(17, train.num_samples, 0, 64)
     restored = batch.input_ids.clone()
-    restored[batch.masked_positions] = batch.labels
+    restored[batch.masked_positions[: batch.num_masked]] = batch.labels[: batch.num_masked]
     for begin, index in zip(batch.cu_seqlens[:-1].tolist(), indices.tolist(), strict=True):
         sample = train.sample(index)
         assert sample[0] == tokenizer.cls_id and sample[-1] == tokenizer.sep_id
         assert restored[begin : begin + len(sample)].tolist() == sample.tolist()
-    assert batch.num_samples == 64 and batch.num_tokens == batch.cu_seqlens[-1] == len(restored)
-    assert batch.max_seqlen == train.lengths(indices).max() and batch.num_masked == len(batch.labels)
+    assert batch.num_samples == 64 and batch.num_tokens == batch.cu_seqlens[-1]
+    assert train.lengths(indices).max() <= batch.max_seqlen <= train.max_length
+    # rounded up, and what is added is nobody's token and nobody's target
+    assert len(batch.input_ids) == rounded_up(batch.num_tokens)
+    assert len(batch.labels) == len(batch.masked_positions) == rounded_up(batch.num_masked)
+    assert (batch.labels[: batch.num_masked] >= 0).all()
+    assert (batch.labels[batch.num_masked :] == IGNORED_LABEL).all()
+    assert not batch.masked_positions[batch.num_masked :].any()
     assert batch.cu_seqlens.dtype == torch.int32 and batch.input_ids.dtype == torch.int64
 
 

@@ -1,0 +1,158 @@
+"""The two halves of a layer as one differentiable step each, forward and backward written out.
+
+What this buys over autograd's own chain of the same kernels and products, a layer of the Base model:
+
+- bias gradients come out of the kernels that write the summed gradients (autograd: a pass over each);
+- the residual's gradient is the product's addend, `d_residual += d_x W` (autograd: a pass to add them);
+- weight gradients are added in fp32 by the product itself where the weight has a `main_grad` (autograd: the
+  product in bf16, then a pass to add it);
+- GeGLU's output is not kept for the backward pass (`geglu_triton`).
+
+    attention block:  y = LayerNorm(dropout(attention(x Wqkv + bqkv) Wdense + bdense) + x)
+    MLP block:        y = LayerNorm(dropout(GELU(x Wgate) * (x Wvalue)) Wo + bo + x)
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mosaicbert_ds.ops.attention_triton import attention_backward, attention_forward
+from mosaicbert_ds.ops.dropout_layernorm_triton import layer_norm_backward, layer_norm_forward
+from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold
+from mosaicbert_ds.ops.geglu_triton import geglu_backward, geglu_forward
+from mosaicbert_ds.ops.main_grad import weight_gradient
+from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights
+
+
+def _seed(device: torch.device, dropout_p: float) -> Tensor | None:
+    return draw_seed(device) if drop_threshold(dropout_p) else None
+
+
+def _scattered(rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
+    """(positions, width) -> (num_rows, width), zero where no position points."""
+    return rows.new_zeros(num_rows, rows.shape[1]).index_add_(0, positions, rows)
+
+
+class _AttentionBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+        positions: Tensor | None, eps: float, attention_dropout_p: float, hidden_dropout_p: float,
+        main_grads: tuple[Tensor | None, Tensor | None], *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        w = AttentionWeights(*weights)
+        qkv = F.linear(hidden, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, slopes.shape[0], -1))
+        attention_seed = _seed(hidden.device, attention_dropout_p)
+        out, lse = attention_forward(qkv, slopes, cu_seqlens, max_seqlen, attention_seed, attention_dropout_p)
+        context, residual = out.flatten(1), hidden  # both (tokens, hidden)
+        if positions is not None:
+            context, residual = context.index_select(0, positions), hidden.index_select(0, positions)
+        dense = F.linear(context, w.dense_weight)  # its bias is added by the next kernel
+        seed = _seed(hidden.device, hidden_dropout_p)
+        y, mean, rstd = layer_norm_forward(
+            dense, w.dense_bias, residual, w.norm_weight, w.norm_bias, seed, eps, hidden_dropout_p
+        )
+        ctx.save_for_backward(
+            hidden, qkv, out, lse, context, residual, dense, mean, rstd, attention_seed, seed,
+            slopes, cu_seqlens, positions, *weights,
+        )  # fmt: skip
+        ctx.max_seqlen, ctx.main_grads = max_seqlen, main_grads
+        ctx.attention_dropout_p, ctx.hidden_dropout_p = attention_dropout_p, hidden_dropout_p
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (
+            hidden, qkv, out, lse, context, residual, dense, mean, rstd, attention_seed, seed,
+            slopes, cu_seqlens, positions, *weights,
+        ) = ctx.saved_tensors  # fmt: skip
+        w = AttentionWeights(*weights)
+        main_qkv, main_dense = ctx.main_grads
+        d_dense, d_hidden, sums = layer_norm_backward(
+            dense, w.dense_bias, residual, w.norm_weight, d_y, mean, rstd, seed, ctx.hidden_dropout_p
+        )
+        d_norm_weight, d_norm_bias, d_dense_bias = sums.to(w.norm_weight.dtype)
+        d_dense_weight = weight_gradient(main_dense, d_dense, context)
+        d_context = d_dense @ w.dense_weight
+        if not drop_threshold(ctx.hidden_dropout_p):
+            d_hidden = d_dense  # its last use was the line above, so it may be added to
+        if positions is not None:
+            d_context = _scattered(d_context, positions, len(hidden))
+            d_hidden = _scattered(d_hidden, positions, len(hidden))
+        d_qkv, d_qkv_bias = attention_backward(
+            qkv, out, d_context.view_as(out), lse, slopes, cu_seqlens, ctx.max_seqlen,
+            attention_seed, ctx.attention_dropout_p,
+        )  # fmt: skip
+        d_qkv = d_qkv.flatten(1)  # (tokens, 3 * hidden)
+        d_qkv_weight = weight_gradient(main_qkv, d_qkv, hidden)
+        d_hidden.addmm_(d_qkv, w.qkv_weight)
+        return (
+            d_hidden, *(None,) * 8,
+            d_qkv_weight, d_qkv_bias.flatten().to(w.qkv_bias.dtype),
+            d_dense_weight, d_dense_bias, d_norm_weight, d_norm_bias,
+        )  # fmt: skip
+
+
+class _MLPBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, eps: float, dropout_p: float,
+        main_grads: tuple[Tensor | None, Tensor | None], *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
+        w = MLPWeights(*weights)
+        gate_value = F.linear(hidden, w.gate_value_weight)  # (rows, 2 * intermediate)
+        seed = _seed(hidden.device, dropout_p)
+        down = F.linear(geglu_forward(gate_value, seed, dropout_p), w.down_weight)
+        y, mean, rstd = layer_norm_forward(
+            down, w.down_bias, hidden, w.norm_weight, w.norm_bias, None, eps, 0.0
+        )
+        ctx.save_for_backward(hidden, gate_value, down, mean, rstd, seed, *weights)
+        ctx.main_grads, ctx.dropout_p = main_grads, dropout_p
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, gate_value, down, mean, rstd, seed, *weights = ctx.saved_tensors
+        w = MLPWeights(*weights)
+        main_gate_value, main_down = ctx.main_grads
+        d_down, _, sums = layer_norm_backward(
+            down, w.down_bias, hidden, w.norm_weight, d_y, mean, rstd, None, 0.0
+        )
+        d_norm_weight, d_norm_bias, d_down_bias = sums.to(w.norm_weight.dtype)
+        d_gate_value, gated = geglu_backward(gate_value, d_down @ w.down_weight, seed, ctx.dropout_p)
+        d_down_weight = weight_gradient(main_down, d_down, gated)
+        d_gate_value_weight = weight_gradient(main_gate_value, d_gate_value, hidden)
+        d_hidden = d_down.addmm_(d_gate_value, w.gate_value_weight)  # without dropout d_down is d_residual
+        return (
+            d_hidden, None, None, None,
+            d_gate_value_weight, d_down_weight, d_down_bias, d_norm_weight, d_norm_bias,
+        )  # fmt: skip
+
+
+def attention_block(
+    hidden: Tensor,
+    weights: AttentionWeights,
+    slopes: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    positions: Tensor | None,
+    eps: float,
+    attention_dropout_p: float,
+    hidden_dropout_p: float,
+) -> Tensor:
+    """`reference.attention_block` defines it."""
+    main_grads = tuple(getattr(w, "main_grad", None) for w in (weights.qkv_weight, weights.dense_weight))
+    return _AttentionBlock.apply(
+        hidden, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p, hidden_dropout_p,
+        main_grads, *weights,
+    )  # fmt: skip
+
+
+def mlp_block(hidden: Tensor, weights: MLPWeights, eps: float, dropout_p: float) -> Tensor:
+    """`reference.mlp_block` defines it."""
+    main_grads = tuple(
+        getattr(w, "main_grad", None) for w in (weights.gate_value_weight, weights.down_weight)
+    )
+    return _MLPBlock.apply(hidden, eps, dropout_p, main_grads, *weights)

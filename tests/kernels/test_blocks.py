@@ -1,0 +1,137 @@
+"""The two halves of a layer against autograd's chain of their parts: every gradient, also with dropout.
+
+fp32 on a GPU or under Triton's interpreter; in bf16 `test_gpu.py` runs them against float64.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mosaicbert_ds.ops import reference
+from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights
+
+pytest.importorskip("triton")
+
+from mosaicbert_ds.ops import attention_triton, blocks_triton, dropout_layernorm_triton, geglu_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HIDDEN, HEADS, INTERMEDIATE, EPS = 32, 2, 48, 1e-12
+LENGTHS, TRAILING = [5, 0, 17, 3], 2
+TOLERANCE = 2e-6  # fp32 resolves 6e-8; the sums here have at most a few hundred terms
+
+
+def normal(*shape):
+    return torch.randn(*shape, device=DEVICE)
+
+
+def weight(*shape):
+    return normal(*shape) * (shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
+
+
+def attention_weights(dtype=torch.float32):
+    shapes = [(3 * HIDDEN, HIDDEN), (3 * HIDDEN,), (HIDDEN, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)]
+    return AttentionWeights(*(weight(*shape).to(dtype) for shape in shapes))
+
+
+def mlp_weights(dtype=torch.float32):
+    shapes = [(2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), (HIDDEN,), (HIDDEN,), (HIDDEN,)]
+    return MLPWeights(*(weight(*shape).to(dtype) for shape in shapes))
+
+
+def chained_attention_block(hidden, w, slopes, cu_seqlens, max_seqlen, positions, eps, p_attention, p_hidden):
+    """The block from its kernels, linked by autograd."""
+    qkv = F.linear(hidden, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, HEADS, -1))
+    context = attention_triton.attention(qkv, slopes, cu_seqlens, max_seqlen, p_attention).flatten(1)
+    if positions is not None:
+        context, hidden = context[positions], hidden[positions]
+    dense = F.linear(context, w.dense_weight)
+    return dropout_layernorm_triton.dropout_add_layer_norm(
+        dense, w.dense_bias, hidden, w.norm_weight, w.norm_bias, eps, p_hidden
+    )
+
+
+def chained_mlp_block(hidden, w, eps, p):
+    gated = geglu_triton.geglu(F.linear(hidden, w.gate_value_weight), p)
+    return dropout_layernorm_triton.dropout_add_layer_norm(
+        F.linear(gated, w.down_weight), w.down_bias, hidden, w.norm_weight, w.norm_bias, eps, 0.0
+    )
+
+
+def gradients(block, hidden, weights, d_out, dtype, seed=0):
+    hidden, *weights = (x.detach().to(dtype).requires_grad_() for x in (hidden, *weights))
+    torch.manual_seed(seed)
+    out = block(hidden, weights)
+    out.backward(d_out[: len(out)].to(dtype))
+    return [out.detach(), hidden.grad, *(w.grad for w in weights)]
+
+
+def assert_close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert ((a.double() - b.double()).norm() / b.double().norm()).item() < TOLERANCE
+
+
+def attention_block_of(block, positions, dropout_p):
+    cu_seqlens = torch.tensor([0, *LENGTHS], device=DEVICE).cumsum(0).int()
+    slopes = reference.alibi_slopes(HEADS, DEVICE)
+    return lambda hidden, weights: block(
+        hidden, AttentionWeights(*weights), slopes, cu_seqlens, max(LENGTHS), positions, EPS,
+        dropout_p, dropout_p,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("positions", [None, [3, 0, 24, 11]])
+def test_attention_block_has_the_gradients_of_its_parts(positions, dropout_p):
+    rows = sum(LENGTHS) + TRAILING
+    hidden, weights, d_out = normal(rows, HIDDEN), attention_weights(), normal(rows, HIDDEN)
+    if positions is not None:
+        positions = torch.tensor(positions, device=DEVICE)
+    block, chain = (
+        attention_block_of(f, positions, dropout_p)
+        for f in (blocks_triton.attention_block, chained_attention_block)
+    )
+    found = gradients(block, hidden, weights, d_out, torch.float32)
+    assert_close(found, gradients(chain, hidden, weights, d_out, torch.float32))
+    if not dropout_p:
+        exact = attention_block_of(reference.attention_block, positions, 0.0)
+        assert_close(found, gradients(exact, hidden, weights, d_out, torch.float64))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_mlp_block_has_the_gradients_of_its_parts(dropout_p):
+    hidden, weights, d_out = normal(20, HIDDEN), mlp_weights(), normal(20, HIDDEN)
+
+    def of(block):
+        return lambda hidden, weights: block(hidden, MLPWeights(*weights), EPS, dropout_p)
+
+    found = gradients(of(blocks_triton.mlp_block), hidden, weights, d_out, torch.float32)
+    assert_close(found, gradients(of(chained_mlp_block), hidden, weights, d_out, torch.float32))
+    if not dropout_p:
+        exact = gradients(of(reference.mlp_block), hidden, weights, d_out, torch.float64)
+        assert_close(found, exact)
+
+
+DTYPES = [torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_weight_with_a_main_grad_gets_its_gradient_added_there(dtype):
+    hidden, weights = normal(20, HIDDEN).to(dtype), mlp_weights(dtype)
+    for w in weights:
+        w.requires_grad_()
+    d_out = normal(20, HIDDEN).to(dtype)
+    blocks_triton.mlp_block(hidden, weights, EPS, 0.0).backward(d_out)
+    expected = [w.grad.float() for w in weights]
+    for w in weights:
+        w.grad = None
+    for w in weights[:2]:
+        w.main_grad = torch.full_like(w, 2.0, dtype=torch.float32)
+    for _ in range(3):
+        blocks_triton.mlp_block(hidden, weights, EPS, 0.0).backward(d_out)
+    assert [w.grad is None for w in weights] == [True, True, False, False, False]
+    for w, once in zip(weights[:2], expected[:2], strict=True):
+        # A gradient rounded to bf16 against one that never was: half a unit in the last of 8 bits.
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(
+            w.main_grad, 2 + 3 * once, rtol=tolerance, atol=tolerance * once.abs().max()
+        )
