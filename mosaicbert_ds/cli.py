@@ -21,6 +21,7 @@ To pretrain, start the script below with DeepSpeed's launcher:
   deepspeed mosaicbert_ds/pretrain.py --recipe mosaicbert-base --data SHARDS --out RUN
 and see its --help.
 """
+_MODEL = "a run, a step, or a Hugging Face folder"
 _JSON = "print the same as JSON"
 _SOURCES = "files or folders of .txt, .jsonl or .parquet (.gz .zst .xz .bz2 too), or hf:PATH[:CONFIG]:SPLIT"
 
@@ -144,7 +145,7 @@ def _finetune_glue(args: argparse.Namespace) -> None:
     from mosaicbert_ds.finetune.suite import finetune_glue
 
     if not _on_other_hosts(args):
-        finetune_glue(_request(args), args.glue_dir, args.tasks, args.from_pretrained)
+        finetune_glue(args.model, _request(args), args.glue_dir, args.tasks, args.from_pretrained)
 
 
 def _finetune_task(args: argparse.Namespace) -> None:
@@ -152,6 +153,7 @@ def _finetune_task(args: argparse.Namespace) -> None:
 
     if not _on_other_hosts(args):
         finetune_task(
+            args.model,
             _request(args),
             {name: path for name in ("train", "dev", "test") if (path := getattr(args, name))},
             text_columns=args.text,
@@ -161,11 +163,26 @@ def _finetune_task(args: argparse.Namespace) -> None:
         )
 
 
+def _pareto(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.finetune.pareto import pareto_command
+
+    if not _on_other_hosts(args):
+        pareto_command(_request(args), args.runs, args.glue_dir, args.tasks, args.from_pretrained)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.finetune.lengths import evaluate_lengths, table
+
+    losses = evaluate_lengths(
+        args.model, args.sources, args.lengths, args.out, args.text_field, args.max_tokens
+    )
+    print(table(losses), end="")
+
+
 def _request(args: argparse.Namespace) -> "Request":
     from mosaicbert_ds.finetune.suite import Devices, Request
 
     return Request(
-        model=args.model,
         out=args.out,
         recipe=args.recipe,
         overrides=args.set,
@@ -268,18 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         _finetune_glue,
         "finetune on the GLUE tasks and print the table; run again, it goes on",
     )
-    command.add_argument(
-        "--glue-dir",
-        required=True,
-        metavar="DIR",
-        help="folder of the official files (CoLA/train.tsv, ...), or hf:nyu-mll/glue",
-    )
-    command.add_argument("--tasks", nargs="+", metavar="TASK", help="mnli qnli qqp sst2 cola rte mrpc stsb")
-    command.add_argument(
-        "--from-pretrained",
-        action="store_true",
-        help="every task starts from the pretrained model, none from the finished mnli",
-    )
+    _add_glue(command)
     _add_finetuning(command, "glue")
     command = _command(
         actions,
@@ -309,6 +315,31 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics", nargs="+", metavar="NAME", help="accuracy f1 macro_f1 matthews; or pearson spearman"
     )
     _add_finetuning(command, "task")
+
+    command = _command(
+        commands, "pareto", _pareto, "score a run's checkpoints on GLUE, and plot scores against costs"
+    )
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs' folders")
+    _add_glue(command)
+    _add_finetuning(command, "glue", with_model=False)
+
+    command = _command(commands, "evaluate", _evaluate, "masked-LM loss by length of text and by position")
+    command.add_argument("model", type=Path, metavar="MODEL", help=_MODEL)
+    command.add_argument("sources", nargs="+", metavar="SOURCE", help=_SOURCES)
+    command.add_argument(
+        "--text-field", default="text", metavar="NAME", help="of .jsonl and .parquet (default: %(default)s)"
+    )
+    command.add_argument(
+        "--lengths",
+        type=_sizes,
+        default=[128, 256, 512, 1024, 2048],
+        metavar="N,N,...",
+        help="tokens; each divides the longest (default: 128,256,512,1024,2048)",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for table and plot")
+    command.add_argument(
+        "--max-tokens", type=int, default=2_000_000, metavar="N", help="of the text (default: %(default)s)"
+    )
     return parser
 
 
@@ -385,10 +416,24 @@ def _sizes(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
 
-def _add_finetuning(command: argparse.ArgumentParser, recipe: str) -> None:
+def _add_glue(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="a run, a step, or a Hugging Face folder"
+        "--glue-dir",
+        required=True,
+        metavar="DIR",
+        help="folder of the official files (CoLA/train.tsv, ...), or hf:nyu-mll/glue",
     )
+    command.add_argument("--tasks", nargs="+", metavar="TASK", help="mnli qnli qqp sst2 cola rte mrpc stsb")
+    command.add_argument(
+        "--from-pretrained",
+        action="store_true",
+        help="every task starts from the pretrained model, none from the finished mnli",
+    )
+
+
+def _add_finetuning(command: argparse.ArgumentParser, recipe: str, with_model: bool = True) -> None:
+    if with_model:
+        command.add_argument("--model", type=Path, required=True, metavar="DIR", help=_MODEL)
     command.add_argument(
         "--out",
         type=Path,

@@ -150,6 +150,8 @@ def run_job(spec: JobSpec, device: torch.device, asked_to_stop: Callable[[], boo
     spec.work.rename(spec.finished)
     sync_folder(spec.jobs)
     shutil.rmtree(spec.finished / "checkpoints", ignore_errors=True)
+    for claim in spec.finished.glob("claim-*"):
+        claim.unlink(missing_ok=True)
     return True
 
 

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from mosaicbert_ds.config import RunConfig
 from mosaicbert_ds.data.files import sha256_of, write_durably
 from mosaicbert_ds.data.tokenizer import LoadedTokenizer, load_tokenizer
-from mosaicbert_ds.errors import CheckpointError, ConfigError
+from mosaicbert_ds.errors import CheckpointError, ConfigError, UserError
 from mosaicbert_ds.finetune.tasks import Task
 from mosaicbert_ds.model.build import load_weights
 from mosaicbert_ds.model.export import export_model, read_tokenizer
@@ -51,8 +51,13 @@ class Pretrained:
 
     def prepare(self) -> None:
         """Make sure that `folder` exists."""
-        if self.checkpoint is not None and not self.folder.is_dir():
+        if self.checkpoint is None or self.folder.is_dir():
+            return
+        try:
             export_checkpoint(self.checkpoint, self.folder)
+        except (OSError, UserError):
+            if not self.folder.is_dir():  # else another process was faster: the same weights
+                raise
 
     def tokenizer(self, scratch: Path) -> LoadedTokenizer:
         """The model's tokenizer; where there is only a vocab.txt, a tokenizer.json is made in `scratch`."""

@@ -85,7 +85,7 @@ def summarise(
         }
     results: dict[str, Any] = {**about, "tasks": rows_of_tasks, "notes": notes}
     complete = [row["score"] for row in rows_of_tasks.values() if row["complete"]]
-    if len(tasks) > 1 and complete:
+    if complete:
         low, high = interval(np.mean(replicates, axis=0))
         results["average"] = {
             "score": float(np.mean(complete)),
@@ -138,7 +138,7 @@ def table(results: Mapping[str, Any]) -> str:
     lines = [
         f"Model: {results['model']}",
         "",
-        "| task | metric | mean | std | n | 95 % interval | MosaicBERT-Base, published |",
+        "| task | metric | mean | std | n | 95 % interval | published MosaicBERT-Base |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results["tasks"].values():
@@ -152,7 +152,8 @@ def table(results: Mapping[str, Any]) -> str:
             lines.append(f"| {row['title']} | {name} | {metric['mean']:.2f} | {std} | {metric['n']}{end}")
         if several:
             lines.append(f"| {row['title']} | **score** | {row['score']:.2f} | |{_end(row)}")
-    if average := results.get("average"):
+    average = results.get("average")
+    if average and average["tasks"] > 1:
         name = "GLUE" if average["is_glue"] else f"mean of {average['tasks']} tasks"
         published = f"{GLUE_PUBLISHED_AVERAGE:.2f}" if average["is_glue"] else ""
         low, high = average["interval"]
@@ -175,9 +176,9 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
 
 
 def write_submission(
-    tasks: Mapping[str, Task], jobs: Sequence[Job], outcomes: Mapping[str, Outcome], out: Path
+    tasks: Mapping[str, Task], jobs: Sequence[Job], outcomes: Mapping[str, Outcome], finished: Path, out: Path
 ) -> None:
-    """`OUT/submission/NAME.tsv` for every test split that was answered, by the task's first seed.
+    """`out/NAME.tsv` for every test split that was answered, by the task's first seed.
 
     Format: https://gluebenchmark.com/faq. The benchmark also asks for WNLI and AX, which are not run here.
     """
@@ -185,15 +186,13 @@ def write_submission(
         first = next((job for job in jobs if job.task == name and outcomes[job.name].result), None)
         if first is None:
             continue
-        arrays = safetensors.numpy.load_file(out / "jobs" / first.name / "answers.safetensors")
+        arrays = safetensors.numpy.load_file(finished / first.name / "answers.safetensors")
         for split, file in task.test_splits:
             if f"{split}.logits" not in arrays:
                 continue
             answers = predictions_of(task, arrays[f"{split}.logits"])
             lines = [f"{index}\t{_said(task, answer)}\n" for index, answer in enumerate(answers.tolist())]
-            write_durably(
-                out / "submission" / f"{file}.tsv", "".join(["index\tprediction\n", *lines]).encode()
-            )
+            write_durably(out / f"{file}.tsv", "".join(["index\tprediction\n", *lines]).encode())
 
 
 def _said(task: Task, answer: float) -> str:

@@ -5,9 +5,11 @@ OUT/jobs/        a folder a job, see job.py
 OUT/cache/       tokenised files; models/ exported from runs
 """
 
+import contextlib
 import os
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,6 @@ def glue_files(glue_dir: Path, names: Sequence[str]) -> dict[str, dict[str, Path
     """
     files: dict[str, dict[str, Path]] = {}
     for name in names:
-        if name not in GLUE:
-            raise ConfigError(f"task '{name}' is none of GLUE's: {', '.join(GLUE)}")
         task = GLUE[name]
         optional = {*task.optional_splits, *(split for split, _ in task.test_splits)}
         found = {split: glue_dir / task.title / f"{split}.tsv" for split in task.splits}
@@ -75,18 +75,19 @@ def finetune(
     out: Path,
     *,
     devices: Devices,
+    report: Path | None = None,
     keep_models: bool = False,
     save_every_s: float = SAVE_EVERY_S,
     say: Callable[[str], None] = print,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Run what of the recipe has not been run before, and write and return the results.
+    """Run what of the recipe has not been run before; write the results to `report` (default `out`).
 
     Raises StoppedError if asked to stop, TrainingError when jobs have failed, after the report is written.
     """
     started_s = time.perf_counter()
     slots = choose_slots(devices.gpus, devices.jobs_per_gpu, devices.jobs)
-    cache, jobs_folder = out / "cache", out / "jobs"
+    cache, jobs_folder, report = out / "cache", out / "jobs", report or out
     jobs_folder.mkdir(parents=True, exist_ok=True)
     tokenizer = pretrained.tokenizer(cache)
     check_fits(pretrained, tokenizer, config.max_length)
@@ -94,7 +95,7 @@ def finetune(
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
     recipe = yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None)
-    write_durably(out / "recipe.yaml", recipe.encode())
+    write_durably(report / "recipe.yaml", recipe.encode())
 
     # -- every file is read before the first job starts: mistakes in the last one cost no training
     splits: dict[str, dict[str, Path]] = {}
@@ -121,6 +122,7 @@ def finetune(
         pads=pads,
         keep_models=keep_models,
     )
+    _forget_starts_without_model(jobs, jobs_folder)
     if not all((jobs_folder / job.name).is_dir() for job in jobs):
         pretrained.prepare()
 
@@ -157,9 +159,9 @@ def finetune(
         "jobs": {job.name: outcomes[job.name].result or outcomes[job.name].reason for job in jobs},
     }
     results = summarise(tasks, jobs, outcomes, jobs_folder, rows, about)
-    write_report(results, out)
-    write_submission(tasks, jobs, outcomes, out)
-    say(f"{out / 'results.md'} after {time.perf_counter() - started_s:.0f} s")
+    write_report(results, report)
+    write_submission(tasks, jobs, outcomes, jobs_folder, report / "submission")
+    say(f"{report / 'results.md'} after {time.perf_counter() - started_s:.0f} s")
     failed = {name: outcome.reason for name, outcome in outcomes.items() if not outcome.result}
     if failed:
         raise TrainingError(
@@ -168,6 +170,13 @@ def finetune(
             + "; the same command tries them again"
         )
     return results
+
+
+def _forget_starts_without_model(jobs: Sequence[Job], folder: Path) -> None:
+    """A finished job whose model was removed must run again if an unfinished one starts from it."""
+    for job in reversed(jobs):  # from the last stage to the first
+        if job.after and not (folder / job.name).is_dir() and not (folder / job.after / "model").is_dir():
+            shutil.rmtree(folder / job.after, ignore_errors=True)
 
 
 def custom_task(
@@ -208,9 +217,8 @@ def custom_task(
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What both commands take: see `mosaicbert finetune glue --help`."""
+    """What all commands take: see `mosaicbert finetune glue --help`."""
 
-    model: Path
     out: Path
     recipe: str
     overrides: list[str]
@@ -218,19 +226,29 @@ class Request:
     devices: Devices
 
 
-def finetune_glue(request: Request, glue_dir: str, tasks: list[str] | None, from_pretrained: bool) -> None:
-    """`mosaicbert finetune glue`."""
+def glue_request(
+    request: Request, glue_dir: str, tasks: list[str] | None, from_pretrained: bool
+) -> tuple[FinetuneConfig, dict[str, dict[str, Path]]]:
+    """The recipe of the chosen tasks, and their files: of a folder, or of the hub (`hf:PATH`)."""
     config = load_finetune_recipe(request.recipe, request.overrides)
     config = choose_tasks(config, tasks, request.seeds, from_pretrained)
-    cache = request.out / "cache"
+    names = list(config.tasks)
+    if unknown := [name for name in names if name not in GLUE]:
+        raise ConfigError(f"task '{unknown[0]}' is none of GLUE's: {', '.join(GLUE)}")
     if glue_dir.startswith("hf:"):
-        files = fetch_glue(glue_dir, list(config.tasks), cache / "hub")
-    else:
-        files = glue_files(Path(glue_dir), list(config.tasks))
-    _finetune_and_show(request, config, {name: GLUE[name] for name in config.tasks}, files)
+        return config, fetch_glue(glue_dir, names, request.out / "cache" / "hub")
+    return config, glue_files(Path(glue_dir), names)
 
 
-def finetune_task(request: Request, files: Mapping[str, Path], **about: Any) -> None:
+def finetune_glue(
+    model: Path, request: Request, glue_dir: str, tasks: list[str] | None, from_pretrained: bool
+) -> None:
+    """`mosaicbert finetune glue`."""
+    config, files = glue_request(request, glue_dir, tasks, from_pretrained)
+    _finetune_and_show(model, request, config, {name: GLUE[name] for name in config.tasks}, files)
+
+
+def finetune_task(model: Path, request: Request, files: Mapping[str, Path], **about: Any) -> None:
     """`mosaicbert finetune task`. files: train, dev and, if there is one, test; about: see `custom_task`."""
     config = load_finetune_recipe(request.recipe, request.overrides)
     config = choose_tasks(config, None, request.seeds, from_pretrained=False)
@@ -238,19 +256,19 @@ def finetune_task(request: Request, files: Mapping[str, Path], **about: Any) -> 
         raise ConfigError(f"recipe {request.recipe} has {len(config.tasks)} tasks; finetune task runs one")
     (name,) = config.tasks
     task = custom_task(name, files["train"], has_test="test" in files, **about)
-    _finetune_and_show(request, config, {name: task}, {name: files}, keep_models=True)
+    _finetune_and_show(model, request, config, {name: task}, {name: files}, keep_models=True)
 
 
 def _finetune_and_show(
+    model: Path,
     request: Request,
     config: FinetuneConfig,
     tasks: Mapping[str, Task],
     files: Mapping[str, Mapping[str, Path]],
     keep_models: bool = False,
 ) -> None:
-    pretrained = find_pretrained(request.model, request.out / "models")
-    stop = StopRequest()
-    try:
+    pretrained = find_pretrained(model, request.out / "models")
+    with stoppable() as stop:
         results = finetune(
             config,
             tasks,
@@ -261,7 +279,14 @@ def _finetune_and_show(
             keep_models=keep_models,
             asked_to_stop=lambda: bool(stop),
         )
+    print(table(results), end="", flush=True)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[StopRequest]:
+    """Signals ask to stop instead of ending the process; having stopped, it ends with EXIT_STOPPED."""
+    try:
+        yield StopRequest()
     except StoppedError:
         print("stopped on request; the same command goes on from there", flush=True)
         raise SystemExit(EXIT_STOPPED) from None
-    print(table(results), end="", flush=True)
