@@ -16,12 +16,19 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from mosaicbert_ds.bench.machine import Machine, measure_machine, median_replay_ms, need_gpu
 from mosaicbert_ds.bench.report import Report, column
 from mosaicbert_ds.bench.workload import lengths_like_c4
-from mosaicbert_ds.ops import IGNORED_LABEL, alibi_slopes, choose_kernels, reference
+from mosaicbert_ds.ops import (
+    IGNORED_LABEL,
+    AttentionWeights,
+    MLPWeights,
+    alibi_slopes,
+    choose_kernels,
+    reference,
+)
 
 TOKENS = 57_600  # 512 rows of 128 with the length mix of C4, fill 0.88
 HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, VOCAB = 12, 64, 768, 3072, 30_528
 MASKED = TOKENS * 3 // 10
-DROPOUT_P = 0.1
+DROPOUT_P, LAYER_NORM_EPS = 0.1, 1e-12
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ def bench_kernels() -> Report:
     choose_kernels("triton")
     from mosaicbert_ds.ops import (
         attention_triton,
+        blocks_triton,
         dropout_layernorm_triton,
         geglu_triton,
         masked_lm_loss_triton,
@@ -131,7 +139,8 @@ def bench_kernels() -> Report:
     def plain_geglu(gate_value: Tensor) -> Tensor:
         return reference.geglu(gate_value, DROPOUT_P)
 
-    # bytes an element of the intermediate: forward 4 in, 2 out; backward 6 in, 4 out
+    # bytes an element of the intermediate: forward 4 in, 2 out; backward 6 in, 4 out. Ours puts out 2 more in
+    # the backward pass, its output once again, which the MLP block below then need not keep.
     bench.add(
         "GeGLU + dropout", [_normal(TOKENS, 2 * INTERMEDIATE)], 16 * TOKENS * INTERMEDIATE, 0,
         triton=fused_geglu, torch=plain_geglu, compiled=torch.compile(plain_geglu),
@@ -139,18 +148,53 @@ def bench_kernels() -> Report:
 
     for dropout_p in (DROPOUT_P, 0.0):
 
-        def fused_norm(x, residual, weight, bias, p=dropout_p):
-            return dropout_layernorm_triton.dropout_add_layer_norm(x, residual, weight, bias, 1e-12, p)
+        def fused_norm(x, x_bias, residual, weight, bias, p=dropout_p):
+            return dropout_layernorm_triton.dropout_add_layer_norm(
+                x, x_bias, residual, weight, bias, LAYER_NORM_EPS, p
+            )
 
-        def plain_norm(x, residual, weight, bias, p=dropout_p):
-            return reference.dropout_add_layer_norm(x, residual, weight, bias, 1e-12, p)
+        def plain_norm(x, x_bias, residual, weight, bias, p=dropout_p):
+            return reference.dropout_add_layer_norm(x, x_bias, residual, weight, bias, LAYER_NORM_EPS, p)
 
-        inputs = [_normal(TOKENS, HIDDEN), _normal(TOKENS, HIDDEN), _normal(HIDDEN), _normal(HIDDEN)]
+        rows, vectors = [_normal(TOKENS, HIDDEN) for _ in "xr"], [_normal(HIDDEN) for _ in "bwo"]
         num_bytes = (16 if dropout_p else 14) * TOKENS * HIDDEN
         bench.add(
-            f"dropout {dropout_p} + residual + LayerNorm", inputs, num_bytes, 0,
+            f"bias + dropout {dropout_p} + residual + LayerNorm",
+            [rows[0], vectors[0], rows[1], *vectors[1:]], num_bytes, 0,
             triton=fused_norm, torch=plain_norm, compiled=torch.compile(plain_norm),
         )  # fmt: skip
+
+    # The halves of a layer as training calls them, with their products.
+    lengths = cases["128"]
+    cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    tokens = sum(lengths)
+
+    def attention_half(block: Callable) -> Callable[..., Tensor]:
+        def half(hidden: Tensor, *weights: Tensor) -> Tensor:
+            named = AttentionWeights(*weights)
+            return block(hidden, named, slopes, cu_seqlens, 128, None, LAYER_NORM_EPS, 0.0, DROPOUT_P)
+
+        return half
+
+    def mlp_half(block: Callable) -> Callable[..., Tensor]:
+        return lambda hidden, *weights: block(hidden, MLPWeights(*weights), LAYER_NORM_EPS, DROPOUT_P)
+
+    halves = {
+        "attention block, length 128": (
+            attention_half, "attention_block",
+            [(3 * HIDDEN, HIDDEN), (3 * HIDDEN,), (HIDDEN, HIDDEN), (HIDDEN,), (HIDDEN,), (HIDDEN,)],
+            6 * tokens * 4 * HIDDEN**2 + 14 * HIDDEN * sum(n * n for n in lengths),
+        ),
+        "MLP block": (
+            mlp_half, "mlp_block",
+            [(2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), (HIDDEN,), (HIDDEN,), (HIDDEN,)],
+            6 * tokens * 3 * HIDDEN * INTERMEDIATE,
+        ),
+    }  # fmt: skip
+    for name, (half, block, shapes, flops) in halves.items():
+        fused, plain = half(getattr(blocks_triton, block)), half(getattr(reference, block))
+        inputs = [_normal(tokens, HIDDEN), *(_normal(*shape, scale=0.02) for shape in shapes)]
+        bench.add(name, inputs, 0, flops, triton=fused, torch=plain, compiled=torch.compile(plain))
 
     labels = torch.randint(VOCAB, (MASKED,), device="cuda")
     labels[::100] = IGNORED_LABEL

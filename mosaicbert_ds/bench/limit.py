@@ -5,7 +5,7 @@ itself, the gradient of its input (m, k) and that of its weight (n, k).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +24,36 @@ _ROUND_TO = 64  # rows that are masked, as a shape that a step would have
 class Product:
     """`count` products (m, k) x (k, n) in the forward and backward of one micro batch."""
 
-    layer: str
-    direction: str  # forward, input gradient, weight gradient
-    m: int
-    n: int
-    k: int
-    count: int
+    layer: str = column("layer")
+    direction: str = column("product")  # forward, input gradient, weight gradient
+    m: int = column("m", ",d")
+    n: int = column("n", ",d")
+    k: int = column("k", ",d")
+    count: int = column("times", "d")
 
     @property
     def flops(self) -> int:
         """Of all `count`."""
         return 2 * self.m * self.n * self.k * self.count
+
+
+@dataclass(frozen=True)
+class Row(Product):
+    ms: float = column("ms each", ".3f")
+    total_ms: float = column("ms", ".2f")
+    tflops_per_s: float = column("TFLOP/s", ".0f")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What a step could do if it were these products and nothing else."""
+
+    tokens: int = column("tokens", ",d")
+    masked: int = column("masked", ",d")
+    total_ms: float = column("ms", ".2f")
+    tflops_per_s: float = column("TFLOP/s", ".0f")
+    tokens_per_s: float = column("tokens/s", ",.0f")
+    samples_per_s: float = column(f"samples/s at fill {FILL}", ",.0f")
 
 
 def products_of(model: ModelConfig, tokens: int, masked: int) -> list[Product]:
@@ -67,31 +86,6 @@ def products_of(model: ModelConfig, tokens: int, masked: int) -> list[Product]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    layer: str = column("layer")
-    direction: str = column("product")
-    m: int = column("m", ",d")
-    n: int = column("n", ",d")
-    k: int = column("k", ",d")
-    count: int = column("times", "d")
-    ms: float = column("ms each", ".3f")
-    total_ms: float = column("ms", ".2f")
-    tflops_per_s: float = column("TFLOP/s", ".0f")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    """What a step could do if it were these products and nothing else."""
-
-    tokens: int = column("tokens", ",d")
-    masked: int = column("masked", ",d")
-    total_ms: float = column("ms", ".2f")
-    tflops_per_s: float = column("TFLOP/s", ".0f")
-    tokens_per_s: float = column("tokens/s", ",.0f")
-    samples_per_s: float = column(f"samples/s at fill {FILL}", ",.0f")
-
-
 def bench_limit(recipe: RunConfig, tokens: int) -> Report:
     """Time all products of a micro batch of `tokens` tokens, in bf16. Raises ConfigError without a GPU."""
     need_gpu("limit")
@@ -101,26 +95,15 @@ def bench_limit(recipe: RunConfig, tokens: int) -> Report:
     rows = []
     for product in products:
         ms = median_replay_ms(_call(product))
-        rows.append(
-            Row(
-                layer=product.layer,
-                direction=product.direction,
-                m=product.m,
-                n=product.n,
-                k=product.k,
-                count=product.count,
-                ms=ms,
-                total_ms=ms * product.count,
-                tflops_per_s=product.flops / product.count / ms / 1e9,
-            )
-        )
+        tflops_per_s = product.flops / product.count / ms / 1e9
+        rows.append(Row(**asdict(product), ms=ms, total_ms=ms * product.count, tflops_per_s=tflops_per_s))
     total_ms = sum(row.total_ms for row in rows)
     tokens_per_s = tokens / total_ms * 1e3
     limit = Limit(
         tokens=tokens,
         masked=masked,
         total_ms=total_ms,
-        tflops_per_s=sum(product.flops for product in products) / total_ms / 1e9,
+        tflops_per_s=sum(row.flops for row in rows) / total_ms / 1e9,
         tokens_per_s=tokens_per_s,
         samples_per_s=tokens_per_s / (FILL * recipe.data.max_length),
     )

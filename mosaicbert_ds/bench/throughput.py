@@ -23,7 +23,10 @@ from mosaicbert_ds.config import RunConfig
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.training.meter import Rates, memory, peak_flops_per_s
 
-_WARM_UP_STEPS = 2 * DIFFERENT_STEPS  # every shape twice: compiled or captured, and used once
+_WARM_UP_STEPS = 2 * DIFFERENT_STEPS  # every shape twice: loaded and compiled, then recorded
+# Of the loader's own batches. By then the stock that it laid in is used up, and the shapes of 512 rows have
+# come up so often that most steps record none (in simulation 3 of 4): the median is that of a long run.
+_LOADER_WARM_UP_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class Row:
     tokens_per_s: float | None = column("real tokens/s", ",.0f", None)
     mfu: float | None = column("MFU (real tokens)", ".1%", None)
     peak_gib: float | None = column("peak GiB", ".1f", None)
-    loader_efficiency: float | None = column("of repeated", ".1%", None)  # real tokens/s over all steps
+    reserved_gib: float | None = column("reserved GiB", ".1f", None)  # with the pools of recorded graphs
+    loader_efficiency: float | None = column("of repeated", ".1%", None)  # real tokens/s
     ours_over_this: float | None = column("ours is x", ".2f", None)  # ours at its best micro batch
     note: str = column("", default="")
 
@@ -88,22 +92,20 @@ def _measure(name: str, recipe: RunConfig, text: Text, repeats: int) -> list[Row
         run = TrainingRun(recipe, text, contender.build)
         steps = [run.next_batches() for _ in range(DIFFERENT_STEPS)]
         repeated = itertools.cycle(contender.convert(steps, recipe.data.max_length))
-        row, tokens_per_s = _time(run, repeated, repeats, row)
-        rows = [row]
+        rows = [_time(run, repeated, _WARM_UP_STEPS, repeats, row)]
         if text.folder and contender.is_fed_by_loader:
-            for _ in range(recipe.data.prefetch):  # uses up what the loader laid in meanwhile
-                run.step(run.next_batches())
-            loaded, loaded_tokens_per_s = _time(run, iter(run.next_batches, None), repeats, row)
-            efficiency = loaded_tokens_per_s / tokens_per_s
-            rows.append(replace(loaded, batches="loader", loader_efficiency=efficiency))
+            fresh = iter(run.next_batches, None)
+            loaded = _time(run, fresh, _LOADER_WARM_UP_STEPS, repeats, replace(row, batches="loader"))
+            assert loaded.tokens_per_s and rows[0].tokens_per_s
+            rows.append(replace(loaded, loader_efficiency=loaded.tokens_per_s / rows[0].tokens_per_s))
         run.batches.close()
     except torch.OutOfMemoryError:
         return [replace(row, note="out of memory")]
     return rows
 
 
-def _time(run: TrainingRun, batches: Iterator[GlobalBatch], repeats: int, row: Row) -> tuple[Row, float]:
-    """`row` filled in, and the real tokens a second over all timed steps together."""
+def _time(run: TrainingRun, batches: Iterator[GlobalBatch], warm_up: int, repeats: int, row: Row) -> Row:
+    """`row` with its figures."""
     tokens: list[int] = []
 
     def lap() -> None:
@@ -111,7 +113,7 @@ def _time(run: TrainingRun, batches: Iterator[GlobalBatch], repeats: int, row: R
         tokens.append(sum(batch.num_tokens for batch in micro_batches))
         run.step(micro_batches)
 
-    for _ in range(_WARM_UP_STEPS):
+    for _ in range(warm_up):
         lap()
     tokens.clear()
     seconds = lap_times_s(lap, repeats)
@@ -124,7 +126,8 @@ def _time(run: TrainingRun, batches: Iterator[GlobalBatch], repeats: int, row: R
         peak_flops_per_s=peak_flops_per_s(),
         usd_per_gpu_hour=None,
     )
-    filled = replace(
+    gpu_memory = memory()
+    return replace(
         row,
         parameters_m=run.num_parameters / 1e6,
         samples_per_s=statistics.median(samples_per_s),
@@ -132,9 +135,9 @@ def _time(run: TrainingRun, batches: Iterator[GlobalBatch], repeats: int, row: R
         samples_per_s_max=max(samples_per_s),
         tokens_per_s=tokens_per_s,
         mfu=rates.mfu(tokens_per_s),
-        peak_gib=memory().get("memory/gpu_allocated_peak_gib"),
+        peak_gib=gpu_memory.get("memory/gpu_allocated_peak_gib"),
+        reserved_gib=gpu_memory.get("memory/gpu_reserved_gib"),
     )
-    return filled, sum(tokens) / sum(seconds)
 
 
 def _compared(name: str, row: Row, best: dict[str, float]) -> Row:

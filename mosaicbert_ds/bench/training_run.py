@@ -83,7 +83,13 @@ class TrainingRun:
         model = build_model(recipe)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.plan: BatchPlan = plan
-        self.engine = build_engine(model, recipe.optimizer, ds_config, bf16=recipe.engine.precision == "bf16")
+        self.engine = build_engine(
+            model,
+            recipe.optimizer,
+            ds_config,
+            bf16=recipe.engine.precision == "bf16",
+            cuda_graphs=recipe.engine.cuda_graphs and not recipe.model.activation_checkpointing,
+        )
         self.batches: Generator[list[Batch], None, None] = pretraining_batches(
             shards,
             tokenizer,
