@@ -1,7 +1,8 @@
 """Does a model trained on short text read long text? Masked-LM loss by length and by position.
 
 All lengths are taken on the same tokens: documents that are long enough for the longest length are cut to
-whole numbers of it, then into pieces of each length. So a loss differs by the context alone.
+whole numbers of it, some tokens are hidden, and then it is cut into pieces of each length. The same tokens
+are guessed, but for those at the ends of pieces, and a loss differs by the context alone.
 """
 
 import json
@@ -65,7 +66,9 @@ def evaluate_lengths(
     network = load_masked_lm(pretrained.folder).to(device)  # type: ignore[arg-type]
     if device.type == "cuda":
         network.bfloat16()
-    losses = [_loss_at(network, tokenizer, stream, length, device) for length in lengths]
+    flat, keys = stream.reshape(-1), sample_keys(EVALUATION_SEED, 0, np.arange(len(stream)))
+    places, labels = mask_tokens(flat, np.full(len(stream), longest), keys, EVALUATION_MASK_RATE, tokenizer)
+    losses = [_loss_at(network, tokenizer, flat, places, labels, length, device) for length in lengths]
     write_durably(out / "lengths.json", json.dumps([vars(loss) for loss in losses], indent=1).encode())
     write_durably(out / "lengths.md", table(losses).encode())
     _plot(losses, out / "lengths.png")
@@ -98,13 +101,20 @@ def _long_text(
 
 @torch.no_grad()
 def _loss_at(
-    network: Any, tokenizer: LoadedTokenizer, stream: np.ndarray, length: int, device: torch.device
+    network: Any,
+    tokenizer: LoadedTokenizer,
+    flat: np.ndarray,
+    places: np.ndarray,
+    labels: np.ndarray,
+    length: int,
+    device: torch.device,
 ) -> LengthLoss:
-    pieces = stream.reshape(-1, length).copy()
+    """flat: (tokens,) with those at `places` (masked,) hidden; labels: (masked,) what stood there."""
+    pieces = flat.reshape(-1, length).copy()
     # [CLS] and [SEP] take the place of each piece's ends.
     pieces[:, 0], pieces[:, -1] = tokenizer.cls_id, tokenizer.sep_id
-    flat, keys = pieces.reshape(-1), sample_keys(EVALUATION_SEED, 0, np.arange(len(pieces)))
-    places, labels = mask_tokens(flat, np.full(len(pieces), length), keys, EVALUATION_MASK_RATE, tokenizer)
+    inside = (places % length != 0) & (places % length != length - 1)
+    places, labels = places[inside], labels[inside]
     if not len(places):
         raise DataError("the text is too short: no token of it was masked")
     losses = np.empty(len(places), np.float64)
@@ -155,7 +165,8 @@ def _plot(losses: Sequence[LengthLoss], picture: Path) -> None:
     xs, ys = [row.length for row in losses], [row.loss for row in losses]
     by_length.errorbar(xs, ys, [row.std_error for row in losses], fmt="o-", capsize=3)
     by_length.set(xscale="log", xlabel="length, tokens", ylabel="loss, nats a masked token (15 %)")
-    by_length.set_xticks(xs, [str(x) for x in xs], minor=False)
+    by_length.set_xticks(xs, [str(x) for x in xs])
+    by_length.minorticks_off()
     for row in losses:
         middles = (np.arange(_BINS) + 0.5) * row.length / _BINS
         by_position.plot(middles, row.by_position, ".-", label=f"length {row.length}")
