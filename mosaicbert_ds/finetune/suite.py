@@ -77,7 +77,6 @@ def finetune(
     devices: Devices,
     report: Path | None = None,
     keep_models: bool = False,
-    save_every_s: float = SAVE_EVERY_S,
     say: Callable[[str], None] = print,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -138,7 +137,7 @@ def finetune(
             jobs=jobs_folder,
             precision=precision,
             pads=pads,
-            save_every_s=save_every_s,
+            save_every_s=SAVE_EVERY_S,
         )
 
     say(f"{len(jobs)} jobs, {sum(job.steps for job in jobs):,} steps, on {', '.join(slots)}")

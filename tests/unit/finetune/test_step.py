@@ -16,7 +16,6 @@ from mosaicbert_ds.finetune.dataset import EncodedSplit, encode_split, open_spli
 from mosaicbert_ds.finetune.models import check_fits, find_pretrained, load_classifier
 from mosaicbert_ds.finetune.step import Trainer, loss_of
 from mosaicbert_ds.finetune.tasks import GLUE
-from mosaicbert_ds.model.mosaicbert import MosaicBertForSequenceClassification
 from mosaicbert_ds.training.engine import Bf16Compute
 from mosaicbert_ds.training.optimizer import OptimizerConfig, build_optimizer
 
@@ -113,7 +112,7 @@ def test_bf16_weights_are_those_of_the_pretraining_engines_bf16(
     for name, weight in plain.named_parameters():
         found = trainer.state()["weights"][name]
         assert found.dtype == torch.float32
-        # bf16 gradients of the two layouts differ by the order of sums, which Adam turns into parts of a step.
+        # bf16 gradients of the two layouts differ by the order of sums: parts of a step, by way of Adam.
         assert (found - weight).abs().mean() < 0.1 * 2e-3, name
 
 

@@ -1,0 +1,148 @@
+"""The Pareto curve scores each checkpoint once; loss by length compares the same tokens."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mosaicbert_ds.config import RunConfig
+from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError
+from mosaicbert_ds.finetune.config import load_finetune_recipe
+from mosaicbert_ds.finetune.lengths import evaluate_lengths
+from mosaicbert_ds.finetune.models import load_masked_lm
+from mosaicbert_ds.finetune.pareto import PUBLISHED, pareto
+from mosaicbert_ds.finetune.plan import choose_tasks
+from mosaicbert_ds.finetune.suite import Devices, glue_files
+from mosaicbert_ds.model import ModelConfig, build_pretraining_model
+from mosaicbert_ds.training.checkpoint import KINDS, write_step
+from mosaicbert_ds.training.optimizer import OptimizerConfig
+from mosaicbert_ds.typed_yaml import to_tree
+
+SAMPLES = Path(__file__).resolve().parents[3] / "mosaicbert_ds" / "samples"
+MODEL = ModelConfig(
+    num_hidden_layers=1, num_attention_heads=2, hidden_size=32, intermediate_size=32, vocab_size=512
+)
+
+
+def _save(run: Path, step: int, tokenizer: Path) -> None:
+    """A step as pretraining on 8 GPUs at $2.50 saves it, half an hour after the one before."""
+    torch.manual_seed(step)
+    weights = {n: p.detach().clone() for n, p in build_pretraining_model(MODEL).named_parameters()}
+    state = {
+        "progress": {"step": step, "samples_seen": 4096 * step, "tokens_seen": 0, "elapsed_s": 1800.0 * step},
+        "recipe": to_tree(RunConfig(model=MODEL, optimizer=OptimizerConfig())),
+        "world_size": 8,
+        "kept": True,
+    }
+    write_step(run / "checkpoints", step, dict.fromkeys(KINDS, weights), state)
+    if not (run / "tokenizer").exists():
+        shutil.copytree(tokenizer, run / "tokenizer")
+
+
+def test_each_checkpoint_of_a_run_is_scored_once(models: dict[str, Path], tmp_path: Path) -> None:
+    run, out = tmp_path / "my run", tmp_path / "out"
+    recipe = load_finetune_recipe("glue", ["max_length=32", "tasks.mnli.epochs=1"])
+    config = choose_tasks(recipe, ["mnli", "rte"], [1], from_pretrained=False)
+    files = glue_files(SAMPLES / "glue", ["mnli", "rte"])
+
+    def score() -> tuple[list[dict[str, str]], dict[Path, int]]:
+        pareto([run], config, files, out, devices=Devices())
+        with (out / "pareto.csv").open() as file:
+            return list(csv.DictReader(file)), {
+                p: p.stat().st_mtime_ns for p in out.glob("jobs/*/result.json")
+            }
+
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        score()
+    _save(run, 1, models["tokenizer"])
+    first, jobs = score()
+    _save(run, 2, models["tokenizer"])
+    points, more_jobs = score()
+    assert len(first) == 1 and points[0] == first[0] and len(jobs) == 2 and len(more_jobs) == 4
+    assert jobs.items() <= more_jobs.items(), "what had a score was not run again"
+    assert [(p["run"], p["step"], p["samples"]) for p in points] == [
+        ("my run", "1", "4096"),
+        ("my run", "2", "8192"),
+    ]
+    assert [float(points[1][cost]) for cost in ("hours", "gpu_hours", "dollars")] == [1.0, 8.0, 20.0]
+    for point in points:
+        results = json.loads(
+            (out / "points" / f"my run-step-{int(point['step']):08d}/results.json").read_text()
+        )
+        assert float(point["score"]) == results["average"]["score"]
+        assert float(point["low"]) <= float(point["score"]) <= float(point["high"]) and point["tasks"] == "2"
+    assert (out / "pareto.png").stat().st_size > 10_000 and "<svg" in (out / "pareto.svg").read_text()
+    assert not list(out.glob("jobs/*/model")) and not list(out.glob("models/*")), "no gigabytes stay"
+
+    # RTE once more, at another rate: its start is gone from the disk and is made again.
+    changed = load_finetune_recipe("glue", ["max_length=32", "tasks.mnli.epochs=1", "tasks.rte.epochs=1"])
+    again = choose_tasks(changed, ["mnli", "rte"], [1], from_pretrained=False)
+    pareto([run], again, files, out, devices=Devices())
+    assert len(list(out.glob("jobs/*/result.json"))) == 6
+
+
+def test_the_published_curves_are_those_of_the_plot() -> None:
+    (_, mosaic), (_, bert) = PUBLISHED.values()
+    assert len(mosaic) == len(bert) == 10 and (mosaic[-1], bert[-1]) == (84.26, 83.51)
+    assert all(hours == tuple(sorted(hours)) for hours, _ in PUBLISHED.values())
+
+
+@pytest.mark.parametrize("architecture", ["mosaicbert", "bert"])
+def test_loss_by_length_is_the_models_own_loss_on_the_same_tokens(
+    architecture: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    text = str(SAMPLES / "pretrain" / "val.jsonl")
+    short, long = evaluate_lengths(models[architecture], [text], [32, 64], tmp_path, "text", 2048)
+    assert (short.pieces, long.pieces) == (2 * long.pieces, long.pieces) and long.pieces >= 32
+    # 15 % of the places that are no ends; the longer pieces have fewer ends, so all of the shorter's are in.
+    assert short.masked < long.masked and long.masked == pytest.approx(0.15 * 62 * long.pieces, rel=0.15)
+    for row in (short, long):
+        # A model that was never trained: over places as over parts the mean is near log(vocabulary).
+        assert row.loss == pytest.approx(np.log(512), abs=0.2) and len(row.by_position) == 16
+        assert np.mean(row.by_position) == pytest.approx(row.loss, abs=0.05)
+        assert 0 < row.std_error < 0.1
+    assert all((tmp_path / name).exists() for name in ("lengths.json", "lengths.md", "lengths.png"))
+
+
+def test_loss_by_length_is_what_hugging_faces_labels_give(models: dict[str, Path], tmp_path: Path) -> None:
+    """The same masked pieces through the padded face with labels, which has a loss of its own."""
+    from mosaicbert_ds.data.loader import EVALUATION_SEED
+    from mosaicbert_ds.data.masking import mask_tokens, sample_keys
+    from mosaicbert_ds.data.tokenizer import load_tokenizer
+    from mosaicbert_ds.finetune.lengths import _long_text
+
+    text, tokenizer = str(SAMPLES / "pretrain" / "val.jsonl"), load_tokenizer(models["tokenizer"])
+    (found,) = evaluate_lengths(models["mosaicbert"], [text], [64], tmp_path, "text", 640)
+    stream = _long_text([text], tokenizer, 64, "text", 640)
+    keys = sample_keys(EVALUATION_SEED, 0, np.arange(len(stream)))
+    places, targets = mask_tokens(stream.reshape(-1), np.full(len(stream), 64), keys, 0.15, tokenizer)
+    labels = np.full(stream.size, -100)
+    labels[places] = targets
+    labels = labels.reshape(stream.shape)
+    stream[:, 0], stream[:, -1], labels[:, 0], labels[:, -1] = tokenizer.cls_id, tokenizer.sep_id, -100, -100
+    with torch.no_grad():
+        network = load_masked_lm(models["mosaicbert"])
+        loss = network(torch.from_numpy(stream), labels=torch.from_numpy(labels)).loss
+    assert found.loss == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "lengths", "error", "said"),
+    [
+        ("mosaicbert", [32, 48], ConfigError, "length 32 is not allowed: each must be 16 or more and divide"),
+        ("mosaicbert", [8, 16], ConfigError, "length 8 is not allowed"),
+        ("bert", [64, 128], ConfigError, "length 128 is over the 64 positions"),
+        ("mosaicbert", [32, 65536], DataError, "no document of .* has 65536 tokens"),
+    ],
+)
+def test_a_length_that_cannot_be_is_refused(
+    model: str, lengths: list[int], error: type, said: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=said):
+        evaluate_lengths(
+            models[model], [str(SAMPLES / "pretrain" / "val.jsonl")], lengths, tmp_path, "text", 999
+        )
