@@ -162,8 +162,8 @@ class UnpaddedBertForSequenceClassification(BertForSequenceClassification):
 Classifier = MosaicBertForSequenceClassification | UnpaddedBertForSequenceClassification
 
 
-def load_classifier(folder: Path, task: Task, seed: int) -> Classifier:
-    """The model in `folder` under a new classifier for `task`, drawn from `seed`; fp32, on the CPU.
+def load_classifier(folder: Path, task: Task, seed: int, device: torch.device | str = "cpu") -> Classifier:
+    """The model in `folder` under a new classifier for `task`, drawn from `seed` on `device`; fp32.
 
     Encoder and pooler are the folder's; a pooler that it does not have is drawn too. Raises CheckpointError
     listing what is missing.
@@ -177,10 +177,11 @@ def load_classifier(folder: Path, task: Task, seed: int) -> Classifier:
     given = _read_encoder(folder, config)
     torch.manual_seed(seed)
     model: Classifier
-    if isinstance(config, MosaicBertConfig):
-        model = MosaicBertForSequenceClassification(config)
-    else:
-        model = UnpaddedBertForSequenceClassification._from_config(config, attn_implementation="sdpa")
+    with torch.device(device):  # drawing 137 M numbers takes a CPU more than a second
+        if isinstance(config, MosaicBertConfig):
+            model = MosaicBertForSequenceClassification(config)
+        else:
+            model = UnpaddedBertForSequenceClassification._from_config(config, attn_implementation="sdpa")
     fresh = {name: weight.detach() for name, weight in model.named_parameters() if name.startswith(_NEW)}
     load_weights(model, fresh | given, str(folder))
     return model

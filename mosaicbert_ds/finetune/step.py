@@ -87,7 +87,9 @@ class Trainer:
         """One step on the buffer of `shape`. Never waits for the device and allocates nothing that stays."""
         inputs = views(self._buffers[shape], shape, self._is_regression)
         loss = loss_of(self._forward(inputs, shape), inputs.labels)
-        gradients = torch.autograd.grad(loss, self._compute)
+        # On this thread, whose capture it is, and not on autograd's own.
+        with torch.autograd.set_multithreading_enabled(False):
+            gradients = torch.autograd.grad(loss, self._compute)
         if self._gradients:
             torch._foreach_copy_(self._gradients, gradients)
         else:

@@ -32,7 +32,7 @@ from mosaicbert_ds.finetune.tasks import GLUE, Task
 from mosaicbert_ds.training.faults import EXIT_STOPPED, StopRequest
 from mosaicbert_ds.typed_yaml import to_tree
 
-SAVE_EVERY_S = 60.0  # between a long job's checkpoints; a short job starts again instead
+SAVE_EVERY_S = 120.0  # between a long job's checkpoints; a short job starts again instead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from mosaicbert_ds.finetune.plan import choose_tasks
 from mosaicbert_ds.finetune.suite import Devices, finetune, glue_files
 from mosaicbert_ds.finetune.tasks import GLUE
 from mosaicbert_ds.model import ModelConfig, build_pretraining_model, export_model
+from mosaicbert_ds.training.faults import EXIT_STOPPED
 
 SAMPLES = Path(__file__).resolve().parents[2] / "mosaicbert_ds" / "samples"
 COMMAND = [sys.executable, "-m", "mosaicbert_ds.cli", "finetune"]
@@ -71,10 +72,11 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.timeout(900)
-def test_the_suite_killed_twice_in_the_middle_gives_what_an_undisturbed_one_gives(
+def test_the_suite_killed_and_stopped_in_the_middle_gives_what_an_undisturbed_one_gives(
     model: Path, tmp_path: Path
 ) -> None:
-    """Eight tasks, two seeds, staged. SIGKILL hits the queue, its server and its jobs alike."""
+    """Eight tasks, two seeds, staged. SIGKILL hits the queue, its server and its jobs alike; SIGTERM, as a
+    scheduler sends it, the queue, which passes it on."""
     arguments = ("--seeds", "1", "2", "--set", *SHORT)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(glue(model, whole, *arguments), check=True, capture_output=True, timeout=600)
@@ -86,13 +88,17 @@ def test_the_suite_killed_twice_in_the_middle_gives_what_an_undisturbed_one_give
     def half_is_done() -> bool:
         return len(list(killed.glob("jobs/*/result.json"))) >= 8
 
-    for moment in (is_mid_job, half_is_done):
+    for moment, number in ((is_mid_job, signal.SIGKILL), (half_is_done, signal.SIGTERM)):
         process = subprocess.Popen(again, start_new_session=True, stdout=subprocess.DEVNULL)
         while not moment():
             assert process.poll() is None, "it ended before the moment came"
             time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)
+            assert process.wait() == -number
+        else:
+            process.send_signal(number)
+            assert process.wait() == EXIT_STOPPED
     finished = {path: path.stat().st_mtime_ns for path in killed.glob("jobs/*/result.json")}
     assert 8 <= len(finished) < 16
     assert not (killed / "results.json").exists()

@@ -20,8 +20,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             architecture=architecture,  # type: ignore[arg-type]
             num_hidden_layers=2,
             num_attention_heads=2,
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=64,
+            intermediate_size=128,
             vocab_size=512,
             hidden_dropout=0.0,
             max_position_embeddings=64,

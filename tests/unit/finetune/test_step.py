@@ -41,6 +41,15 @@ def trainer_of(folder: Path, *, bf16: bool = False, device: str = "cpu", cls: ty
     return cls(model, OPTIMIZER, RATES, bf16=bf16, is_regression=False, seed=5, device=torch.device(device))
 
 
+def _drop(model: torch.nn.Module) -> None:
+    """Switch on the dropout that the models of these tests are made without."""
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.2
+        elif hasattr(part, "dropout_p"):
+            part.dropout_p = 0.2
+
+
 def run(trainer: Trainer, split: EncodedSplit, batches: list[np.ndarray], padded: bool) -> None:
     shapes = [shape_of(split.lengths[rows], BATCH, padded=padded) for rows in batches]
     trainer.run(pack(split, batches, shapes, False), shapes)
@@ -123,9 +132,7 @@ def test_a_job_that_goes_on_ends_with_the_same_bits_with_dropout(
 
     def make() -> Trainer:
         trainer = trainer_of(models["mosaicbert"])
-        for part in trainer._model.modules():
-            if hasattr(part, "dropout_p"):
-                part.dropout_p = 0.2
+        _drop(trainer._model)
         return trainer
 
     whole, first, second = make(), make(), make()
@@ -171,7 +178,7 @@ def test_a_classifier_takes_encoder_and_pooler_and_draws_its_head_from_the_seed(
     for name, weight in one.named_parameters():
         if not name.startswith("classifier"):
             assert torch.equal(weight, weights[name]), name
-    assert one.classifier.weight.shape == (2, 32)
+    assert one.classifier.weight.shape == (2, 64)
     assert torch.equal(one.classifier.weight, again.classifier.weight)
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
 
@@ -208,7 +215,7 @@ def test_captured_steps_compute_what_uncaptured_ones_do(
     found = []
     for cls in (Trainer, Uncaptured):
         model = load_classifier(models[architecture], GLUE["rte"], seed=5)
-        model.dropout.p = 0.1
+        _drop(model)
         trainer = cls(
             model, OPTIMIZER, rates, bf16=bf16, is_regression=False, seed=5, device=torch.device("cuda", 0)
         )
