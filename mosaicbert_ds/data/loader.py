@@ -68,18 +68,22 @@ class Batch:
         return self._each(torch.Tensor.pin_memory) if torch.cuda.is_available() else self
 
     def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: move(v) if torch.is_tensor(v) else v for name, v in values.items()})
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: move(v) if torch.is_tensor(v) else v for k, v in values.items()}
+        return Batch(**moved)
 
 
 def rounded_up(count: int) -> int:
-    """The size that stands for `count`: a multiple of 64, in steps of a 64th of its power of two.
+    """The size that stands for `count`: in steps of a 64th of its power of two, at least 64, plus 8.
 
     Batches then come in a few sizes, so that recorded and compiled code is used again, and what is added
-    is computed for nothing: 0.4 % on average from 4,096 on.
+    is computed for nothing: 0.4 % on average from 4,096 on. The 8, because for a multiple of 64 rows cuBLAS
+    picks tiles that are 1 to 3 % slower on an H200.
     """
+    if count == 0:
+        return 0
     step = max(64, 1 << max(count.bit_length() - 7, 0))
-    return -(-count // step) * step
+    return max(0, -(-(count - 8) // step)) * step + 8
 
 
 def pretraining_batches(

@@ -86,6 +86,18 @@ def packing_of(attention_mask: Tensor) -> Packing:
     return Packing(order, cu_seqlens, real)
 
 
+class MosaicBertEmbeddingNorm(nn.LayerNorm):
+    """dropout(LayerNorm(x + kind)): fused, because each input is read only once."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(self, x: Tensor, kind: Tensor) -> Tensor:  # type: ignore[override]
+        dropout_p = self.dropout_p if self.training else 0.0
+        return ops.add_layer_norm_dropout(x, kind, self.weight, self.bias, self.eps, dropout_p)
+
+
 class MosaicBertEmbeddings(nn.Module):
     """Word + token type, LayerNorm, dropout. No position embedding: ALiBi carries the order."""
 
@@ -93,15 +105,13 @@ class MosaicBertEmbeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.LayerNorm = MosaicBertEmbeddingNorm(config)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """(tokens,) -> (tokens, hidden)"""
         if token_type_ids is None:
             token_type_ids = input_ids.new_zeros(1)  # one row, broadcast: the gradient is then a plain sum
-        hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-        return self.dropout(self.LayerNorm(hidden))
+        return self.LayerNorm(self.word_embeddings(input_ids), self.token_type_embeddings(token_type_ids))
 
 
 class MosaicBertSelfAttention(nn.Module):

@@ -1,12 +1,19 @@
 """The arithmetic of the hot path. The model calls these functions and knows no other form of them."""
 
-from mosaicbert_ds.ops.dispatch import attention_block, choose_kernels, masked_lm_loss, mlp_block
+from mosaicbert_ds.ops.dispatch import (
+    add_layer_norm_dropout,
+    attention_block,
+    choose_kernels,
+    masked_lm_loss,
+    mlp_block,
+)
 from mosaicbert_ds.ops.reference import IGNORED_LABEL, AttentionWeights, MLPWeights, alibi_slopes
 
 __all__ = [
     "IGNORED_LABEL",
     "AttentionWeights",
     "MLPWeights",
+    "add_layer_norm_dropout",
     "alibi_slopes",
     "attention_block",
     "choose_kernels",

@@ -7,8 +7,7 @@ Within each sequence and head, with D(.) dropout's mask and scale and rowsum ove
 
 Queries, keys and values are read where the projection wrote them, (tokens, 3, heads, head_dim), and their
 gradients are written into one tensor of that shape. Of the scores only LSE_i = log2 sum_j 2^(S_ij log2 e) is
-kept, (heads, tokens) fp32. Each backward program also writes the column sums of its gradients, whose total is
-the gradient of the projection's bias. Nothing is summed with atomics: gradients have the same bits each time.
+kept, (heads, tokens) fp32. Nothing is summed with atomics, so gradients have the same bits each time.
 
 - Up to 128 tokens a sequence one program owns a whole (sequence, head): the forward pass reads 3 rows of
   head_dim a token and writes 1, the backward pass computes dQ, dK and dV at once and reads 4, writes 3. At
@@ -103,13 +102,6 @@ def _store_rows(base, row, stride, length, values, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _store_sum(base, row, parts, part, heads, head, values, HEAD_DIM: tl.constexpr):
-    """The column sums of `values` (rows, HEAD_DIM) into base (programs, parts, heads, HEAD_DIM)."""
-    place = base + ((row * parts + part) * heads + head).to(tl.int64) * HEAD_DIM + tl.arange(0, HEAD_DIM)
-    tl.store(place, tl.sum(values, axis=0))
-
-
-@triton.jit
 def _zero_tail(base, stride, tail, num_tokens, part, parts, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr):
     """This program's share of the rows that belong to no sequence: block `part` of every `parts` blocks."""
     for start in range(tail + part * ROWS, num_tokens, parts * ROWS):
@@ -169,7 +161,7 @@ def _attention_one_tile_forward(
 
 @triton.jit(do_not_specialize=SHAPE)
 def _attention_one_tile_backward(
-    qkv, d_out, d_qkv, sums, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences, scale, softmax_scale,
+    qkv, d_out, d_qkv, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences, scale, softmax_scale,
     stride_token, stride_part, stride_head,
     heads, HEAD_DIM: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -202,7 +194,6 @@ def _attention_one_tile_backward(
     else:
         d_v = _dot(tl.trans(p.to(d_o.dtype)), d_o)
     _store_rows(here + 2 * heads * HEAD_DIM, index, stride_grad, length, d_v, HEAD_DIM)
-    _store_sum(sums, sequence, 3, 2, heads, head, d_v, HEAD_DIM)
     d_p = _dot(d_o, tl.trans(v))
     if THRESHOLD > 0:
         d_p = tl.where(keep, d_p * keep_scale(THRESHOLD), 0.0)
@@ -212,10 +203,8 @@ def _attention_one_tile_backward(
     d_s = (p * (d_p - delta[:, None])).to(k.dtype)
     d_k = _dot(tl.trans(d_s), q) * softmax_scale
     _store_rows(here + heads * HEAD_DIM, index, stride_grad, length, d_k, HEAD_DIM)
-    _store_sum(sums, sequence, 3, 1, heads, head, d_k, HEAD_DIM)
     d_q = _dot(d_s, k) * softmax_scale
     _store_rows(here, index, stride_grad, length, d_q, HEAD_DIM)
-    _store_sum(sums, sequence, 3, 0, heads, head, d_q, HEAD_DIM)
 
     tail = tl.load(cu_seqlens + num_sequences)
     for part in tl.static_range(3):
@@ -283,7 +272,7 @@ def _attention_forward(
 
 @triton.jit(do_not_specialize=SHAPE)
 def _attention_backward_dq(
-    qkv, out, d_out, d_qkv, sums, lse, delta_out, slopes, cu_seqlens, seed,
+    qkv, out, d_out, d_qkv, lse, delta_out, slopes, cu_seqlens, seed,
     num_tokens, num_sequences, blocks, scale, softmax_scale,
     stride_token, stride_part, stride_head,
     heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
@@ -300,7 +289,6 @@ def _attention_backward_dq(
 
     first = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - first
-    d_q = tl.zeros([M, HEAD_DIM], tl.float32)
     if block * M < length:
         slope = tl.maximum(tl.load(slopes + head) * 1.4426950408889634, 1e-20)
         base = qkv + first.to(tl.int64) * stride_token + head * stride_head
@@ -314,6 +302,7 @@ def _attention_backward_dq(
         place = head.to(tl.int64) * num_tokens + first + query
         tl.store(delta_out + place, delta, query < length)
         log_sum = tl.load(lse + place, query < length, other=0.0)
+        d_q = tl.zeros([M, HEAD_DIM], tl.float32)
         for start in range(0, length, N):
             key = start + tl.arange(0, N)
             k = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
@@ -328,15 +317,13 @@ def _attention_backward_dq(
                 d_p = tl.where(keep, d_p * keep_scale(THRESHOLD), 0.0)
             d_s = p * (d_p - delta[:, None])
             d_q += _dot(d_s.to(k.dtype), k)
-        d_q *= softmax_scale
         here = target + first.to(tl.int64) * stride_grad
-        _store_rows(here, query, stride_grad, length, d_q, HEAD_DIM)
-    _store_sum(sums, sequence * blocks + block, 1, 0, heads, head, d_q, HEAD_DIM)
+        _store_rows(here, query, stride_grad, length, d_q * softmax_scale, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=SHAPE)
 def _attention_backward_dkv(
-    qkv, d_out, d_qkv, sums, lse, delta_in, slopes, cu_seqlens, seed,
+    qkv, d_out, d_qkv, lse, delta_in, slopes, cu_seqlens, seed,
     num_tokens, num_sequences, blocks, scale, softmax_scale,
     stride_token, stride_part, stride_head,
     heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
@@ -354,8 +341,6 @@ def _attention_backward_dkv(
 
     first = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - first
-    d_k = tl.zeros([N, HEAD_DIM], tl.float32)
-    d_v = tl.zeros([N, HEAD_DIM], tl.float32)
     if block * N < length:
         slope = tl.maximum(tl.load(slopes + head) * 1.4426950408889634, 1e-20)
         base = qkv + first.to(tl.int64) * stride_token + head * stride_head
@@ -365,6 +350,8 @@ def _attention_backward_dkv(
         position = _positions(key, length)
         k = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
         v = _load_rows(base + 2 * stride_part, key, stride_token, length, HEAD_DIM)
+        d_k = tl.zeros([N, HEAD_DIM], tl.float32)
+        d_v = tl.zeros([N, HEAD_DIM], tl.float32)
         for start in range(0, length, M):
             query = start + tl.arange(0, M)
             q = _load_rows(base, query, stride_token, length, HEAD_DIM)
@@ -384,12 +371,9 @@ def _attention_backward_dkv(
                 d_v += _dot(p.to(d_o.dtype), d_o)
             d_s = p * (d_p - delta[None, :])
             d_k += _dot(d_s.to(q.dtype), q)
-        d_k *= softmax_scale
         here = target + first.to(tl.int64) * stride_grad
-        _store_rows(here, key, stride_grad, length, d_k, HEAD_DIM)
+        _store_rows(here, key, stride_grad, length, d_k * softmax_scale, HEAD_DIM)
         _store_rows(here + part_grad, key, stride_grad, length, d_v, HEAD_DIM)
-    _store_sum(sums, sequence * blocks + block, 2, 0, heads, head, d_k, HEAD_DIM)
-    _store_sum(sums, sequence * blocks + block, 2, 1, heads, head, d_v, HEAD_DIM)
 
 
 def _one_tile(max_seqlen: int) -> int | None:
@@ -436,51 +420,43 @@ def attention_forward(
 def attention_backward(
     qkv: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     seed: Tensor | None, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """d_qkv like qkv, and its sum over the tokens, (3, heads, head_dim) fp32."""
+) -> Tensor:  # fmt: skip
     num_tokens, _, heads, head_dim = qkv.shape
     qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
     out, d_out = out.contiguous(), d_out.contiguous()
     d_qkv = torch.empty(num_tokens, 3, heads, head_dim, device=qkv.device, dtype=qkv.dtype)
     num_sequences = cu_seqlens.shape[0] - 1
-
-    def sums(programs: int, parts: int) -> Tensor:
-        return torch.empty(programs, parts, heads, head_dim, device=qkv.device, dtype=torch.float32)
-
     if num_sequences == 0 or max_seqlen == 0:
-        return d_qkv.zero_(), sums(1, 3)[0].zero_()
+        return d_qkv.zero_()
     softmax_scale = head_dim**-0.5
     scale = softmax_scale * LOG2_E
     threshold = drop_threshold(dropout_p)
     tile = _one_tile(max_seqlen)
     if tile:
-        of_sequences = sums(num_sequences, 3)
         _attention_one_tile_backward[(num_sequences * heads,)](
-            qkv, d_out, d_qkv, of_sequences, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences,
+            qkv, d_out, d_qkv, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences,
             scale, softmax_scale, *qkv.stride()[:3],
             heads, head_dim, tile, threshold, num_warps=ONE_TILE_WARPS[tile][1], num_stages=1,
         )  # fmt: skip
-        return d_qkv, of_sequences.sum(0)
+        return d_qkv
     delta = torch.empty_like(lse)
     launch = BACKWARD_DQ[head_dim]
     blocks = triton.cdiv(max_seqlen, launch.queries)
-    of_queries = sums(num_sequences * blocks, 1)
     _attention_backward_dq[(blocks * heads * num_sequences,)](
-        qkv, out, d_out, d_qkv, of_queries, lse, delta, slopes, cu_seqlens, seed, num_tokens, num_sequences,
+        qkv, out, d_out, d_qkv, lse, delta, slopes, cu_seqlens, seed, num_tokens, num_sequences,
         blocks, scale, softmax_scale, *qkv.stride()[:3],
         heads, head_dim, launch.queries, launch.keys, threshold,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     launch = BACKWARD_DKV[head_dim]
     blocks = triton.cdiv(max_seqlen, launch.keys)
-    of_keys = sums(num_sequences * blocks, 2)
     _attention_backward_dkv[(blocks * heads * num_sequences,)](
-        qkv, d_out, d_qkv, of_keys, lse, delta, slopes, cu_seqlens, seed, num_tokens, num_sequences,
+        qkv, d_out, d_qkv, lse, delta, slopes, cu_seqlens, seed, num_tokens, num_sequences,
         blocks, scale, softmax_scale, *qkv.stride()[:3],
         heads, head_dim, launch.queries, launch.keys, threshold,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    return d_qkv, torch.cat([of_queries.sum(0), of_keys.sum(0)])
+    return d_qkv
 
 
 @attention_forward.register_fake
@@ -492,7 +468,7 @@ def _(qkv, slopes, cu_seqlens, max_seqlen, seed, dropout_p):
 
 @attention_backward.register_fake
 def _(qkv, out, d_out, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p):
-    return qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[1:], dtype=torch.float32)
+    return qkv.new_empty(qkv.shape)
 
 
 def _save(ctx, inputs, output):
@@ -503,9 +479,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, d_out, d_lse):
     qkv, out, lse, slopes, cu_seqlens, seed = ctx.saved_tensors
-    d_qkv, _ = attention_backward(
-        qkv, out, d_out, lse, slopes, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout_p
-    )
+    d_qkv = attention_backward(qkv, out, d_out, lse, slopes, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout_p)
     return d_qkv, None, None, None, None, None
 
 

@@ -2,10 +2,9 @@
 
 What this buys over autograd's own chain of the same kernels and products, a layer of the Base model:
 
-- bias gradients come out of the kernels that write the summed gradients (autograd: a pass over each);
+- two of the three bias gradients come out of the LayerNorm's kernel (autograd: a pass over each);
 - the residual's gradient is the product's addend, `d_residual += d_x W` (autograd: a pass to add them);
-- weight gradients are added in fp32 by the product itself where the weight has a `main_grad` (autograd: the
-  product in bf16, then a pass to add it);
+- gradients go to their fp32 sums at once where the weights have a `main_grad`;
 - GeGLU's output is not kept for the backward pass (`geglu_triton`).
 
     attention block:  y = LayerNorm(dropout(attention(x Wqkv + bqkv) Wdense + bdense) + x)
@@ -19,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mosaicbert_ds.ops.attention_triton import attention_backward, attention_forward
+from mosaicbert_ds.ops.column_sums_triton import column_sums
 from mosaicbert_ds.ops.dropout_layernorm_triton import layer_norm_backward, layer_norm_forward
 from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold
 from mosaicbert_ds.ops.geglu_triton import geglu_backward, geglu_forward
-from mosaicbert_ds.ops.main_grad import weight_gradient
+from mosaicbert_ds.ops.main_grad import main_grads_of, product, settle
 from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights
 
 
@@ -40,7 +40,7 @@ class _AttentionBlock(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         positions: Tensor | None, eps: float, attention_dropout_p: float, hidden_dropout_p: float,
-        main_grads: tuple[Tensor | None, Tensor | None], *weights: Tensor,
+        main_grads: tuple[Tensor, ...] | None, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
         w = AttentionWeights(*weights)
         qkv = F.linear(hidden, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, slopes.shape[0], -1))
@@ -69,37 +69,35 @@ class _AttentionBlock(torch.autograd.Function):
             slopes, cu_seqlens, positions, *weights,
         ) = ctx.saved_tensors  # fmt: skip
         w = AttentionWeights(*weights)
-        main_qkv, main_dense = ctx.main_grads
         d_dense, d_hidden, sums = layer_norm_backward(
             dense, w.dense_bias, residual, w.norm_weight, d_y, mean, rstd, seed, ctx.hidden_dropout_p
         )
-        d_norm_weight, d_norm_bias, d_dense_bias = sums.to(w.norm_weight.dtype)
-        d_dense_weight = weight_gradient(main_dense, d_dense, context)
+        d_norm_weight, d_norm_bias, d_dense_bias = sums
+        main_qkv, _, main_dense, *_ = ctx.main_grads or (None,) * len(w)
+        d_dense_weight = product(main_dense, d_dense, context)
         d_context = d_dense @ w.dense_weight
         if not drop_threshold(ctx.hidden_dropout_p):
-            d_hidden = d_dense  # its last use was the line above, so it may be added to
+            d_hidden = d_dense  # which has no other reader left, so it may be added to
         if positions is not None:
             d_context = _scattered(d_context, positions, len(hidden))
             d_hidden = _scattered(d_hidden, positions, len(hidden))
-        d_qkv, d_qkv_bias = attention_backward(
+        d_qkv = attention_backward(
             qkv, out, d_context.view_as(out), lse, slopes, cu_seqlens, ctx.max_seqlen,
             attention_seed, ctx.attention_dropout_p,
-        )  # fmt: skip
-        d_qkv = d_qkv.flatten(1)  # (tokens, 3 * hidden)
-        d_qkv_weight = weight_gradient(main_qkv, d_qkv, hidden)
-        d_hidden.addmm_(d_qkv, w.qkv_weight)
-        return (
-            d_hidden, *(None,) * 8,
-            d_qkv_weight, d_qkv_bias.flatten().to(w.qkv_bias.dtype),
+        ).flatten(1)  # fmt: skip
+        d_weights = (
+            product(main_qkv, d_qkv, hidden), column_sums(d_qkv),
             d_dense_weight, d_dense_bias, d_norm_weight, d_norm_bias,
         )  # fmt: skip
+        d_hidden.addmm_(d_qkv, w.qkv_weight)
+        return d_hidden, *(None,) * 8, *settle(d_weights, ctx.main_grads, w)
 
 
 class _MLPBlock(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, eps: float, dropout_p: float,
-        main_grads: tuple[Tensor | None, Tensor | None], *weights: Tensor,
+        main_grads: tuple[Tensor, ...] | None, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
         w = MLPWeights(*weights)
         gate_value = F.linear(hidden, w.gate_value_weight)  # (rows, 2 * intermediate)
@@ -116,19 +114,19 @@ class _MLPBlock(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, gate_value, down, mean, rstd, seed, *weights = ctx.saved_tensors
         w = MLPWeights(*weights)
-        main_gate_value, main_down = ctx.main_grads
         d_down, _, sums = layer_norm_backward(
             down, w.down_bias, hidden, w.norm_weight, d_y, mean, rstd, None, 0.0
         )
-        d_norm_weight, d_norm_bias, d_down_bias = sums.to(w.norm_weight.dtype)
+        d_norm_weight, d_norm_bias, d_down_bias = sums
         d_gate_value, gated = geglu_backward(gate_value, d_down @ w.down_weight, seed, ctx.dropout_p)
-        d_down_weight = weight_gradient(main_down, d_down, gated)
-        d_gate_value_weight = weight_gradient(main_gate_value, d_gate_value, hidden)
-        d_hidden = d_down.addmm_(d_gate_value, w.gate_value_weight)  # without dropout d_down is d_residual
-        return (
-            d_hidden, None, None, None,
-            d_gate_value_weight, d_down_weight, d_down_bias, d_norm_weight, d_norm_bias,
+        main_gate_value, main_down, *_ = ctx.main_grads or (None,) * len(w)
+        d_weights = (
+            product(main_gate_value, d_gate_value, hidden), product(main_down, d_down, gated),
+            d_down_bias, d_norm_weight, d_norm_bias,
         )  # fmt: skip
+        # Without dropout d_down is the residual's gradient too, and it has no other reader left.
+        d_hidden = d_down.addmm_(d_gate_value, w.gate_value_weight)
+        return d_hidden, *(None,) * 3, *settle(d_weights, ctx.main_grads, w)
 
 
 def attention_block(
@@ -143,16 +141,12 @@ def attention_block(
     hidden_dropout_p: float,
 ) -> Tensor:
     """`reference.attention_block` defines it."""
-    main_grads = tuple(getattr(w, "main_grad", None) for w in (weights.qkv_weight, weights.dense_weight))
     return _AttentionBlock.apply(
         hidden, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p, hidden_dropout_p,
-        main_grads, *weights,
+        main_grads_of(weights), *weights,
     )  # fmt: skip
 
 
 def mlp_block(hidden: Tensor, weights: MLPWeights, eps: float, dropout_p: float) -> Tensor:
     """`reference.mlp_block` defines it."""
-    main_grads = tuple(
-        getattr(w, "main_grad", None) for w in (weights.gate_value_weight, weights.down_weight)
-    )
-    return _MLPBlock.apply(hidden, eps, dropout_p, main_grads, *weights)
+    return _MLPBlock.apply(hidden, eps, dropout_p, main_grads_of(weights), *weights)

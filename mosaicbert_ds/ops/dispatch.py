@@ -63,6 +63,17 @@ def _on_triton(x: Tensor) -> bool:
 # Triton is imported inside, by the first call that needs it: that takes a second, and many machines lack it.
 
 
+def add_layer_norm_dropout(
+    x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+) -> Tensor:
+    """The embedding's LayerNorm and dropout; see `reference.add_layer_norm_dropout`."""
+    if _on_triton(x):
+        from mosaicbert_ds.ops import layernorm_dropout_triton
+
+        return layernorm_dropout_triton.add_layer_norm_dropout(x, kind, weight, bias, eps, dropout_p)
+    return reference.add_layer_norm_dropout(x, kind, weight, bias, eps, dropout_p)
+
+
 def attention_block(
     hidden: Tensor,
     weights: AttentionWeights,

@@ -138,6 +138,13 @@ class MLPWeights(NamedTuple):
     norm_bias: Tensor
 
 
+def add_layer_norm_dropout(
+    x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+) -> Tensor:
+    """dropout(LayerNorm(x + kind)): x (tokens, hidden), kind (tokens, hidden) or one row for all tokens."""
+    return F.dropout(F.layer_norm(x + kind, weight.shape, weight, bias, eps), dropout_p)
+
+
 def attention_block(
     hidden: Tensor,
     weights: AttentionWeights,

@@ -55,6 +55,8 @@ def init_distributed() -> None:
         "LOCAL_RANK": dist.local_rank(),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": 29500,
+        # Recordings of different shapes then share one set of activations, whatever their order.
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
@@ -128,29 +130,27 @@ def named_parameters(engine: Any) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters())
 
 
-def _sum_gradients_in_fp32(engine: Any, module: MicroBatch) -> None:
-    """Tell `module` where DeepSpeed keeps each parameter's summed gradient, and DeepSpeed that it is there."""
-    optimizer, parameters = engine.optimizer, list(module.parameters())
+def _sum_gradients_in_fp32(engine: Any, micro_batch: MicroBatch) -> None:
+    """Tell `micro_batch` where DeepSpeed keeps the summed gradients, and DeepSpeed that they are there."""
+    optimizer, parameters = engine.optimizer, dict(micro_batch.module.named_parameters())
     if engine.zero_optimization_stage() == 0:
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
 
-        def before(*_: Any) -> None:  # the engine drops `.grad` after each step
-            if parameters[0].grad is None:
-                torch._foreach_zero_(sums)
-                for parameter, total in zip(parameters, sums, strict=True):
-                    parameter.grad = total
+        def attach(*_: Any) -> None:  # the engine drops `.grad` after each step
+            if any(parameter.grad is None for parameter in parameters.values()):
+                torch._foreach_zero_(list(sums.values()))
+                for name, parameter in parameters.items():
+                    parameter.grad = sums[name]
+
+        micro_batch.register_forward_pre_hook(attach)
     else:
         (group,), (flat_sums,) = optimizer.bf16_groups, optimizer.fp32_groups_gradients
         sum_of = dict(zip(group, flat_sums, strict=True))
-        sums = [sum_of[parameter].view_as(parameter) for parameter in parameters]
-        for parameter, total in zip(parameters, sums, strict=True):
-            parameter.main_grad = total  # type: ignore[attr-defined]
-
-        def before(*_: Any) -> None:  # the optimizer forgets it after each step
-            optimizer.fp32_groups_has_gradients[0] = [True] * len(group)
-
-    module.sum_into(sums)
-    module.register_forward_pre_hook(before)
+        sums = {name: sum_of[parameter].view_as(parameter) for name, parameter in parameters.items()}
+        # For the norm: one flat tensor, always there, not a list of those that DeepSpeed filled itself.
+        flat = optimizer.fp32_groups_actual_gradients_flat
+        optimizer.get_grads_for_norm = lambda for_clipping=False: flat if for_clipping else (flat, {})
+    micro_batch.sum_into(sums, in_kernels=not isinstance(micro_batch.module, Bf16Compute))
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

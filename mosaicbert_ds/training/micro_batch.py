@@ -1,14 +1,14 @@
 """Forward and backward of a micro batch, with gradients summed over micro batches in fp32.
 
 At ZeRO stages 0 and 1 every rank holds the summed gradient of all parameters in fp32. `MicroBatch` stands
-between DeepSpeed's engine and the model there, and adds to those sums itself: a weight's matrix product
-writes into its sum (`ops/main_grad.py`), everything else is added after the backward pass. DeepSpeed alone
-would round each gradient to bf16, keep it, cast it and add it, three passes over all parameters.
+between DeepSpeed's engine and the model there, and adds to those sums itself: the fused operations while they
+run (`ops/main_grad.py`), everything else after the backward pass. DeepSpeed alone would zero, fill, cast and
+add a second set of gradients, parameter by parameter.
 
 On a GPU the two passes are recorded as CUDA graphs, one pair for each shape of batch, and replayed: a layer
 is some forty kernels, and launching them one by one is what bounds a small micro batch. The loader rounds
-shapes up to a few sizes (`data/loader.py`). A shape runs once as it is before it is recorded, so that
-everything which is compiled or loaded at its first call has been. Both runs give the same bits.
+shapes up to a few sizes (`data/loader.py`). The first micro batch of all runs as it is, so that kernels are
+compiled before anything is recorded. Both ways give the same bits.
 
 ZeRO stages 2 and 3 work on `.grad` inside the backward pass and see the model itself.
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
@@ -18,12 +18,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 # More shapes than this run unrecorded: a graph takes some MB of the GPU's memory and about 0.5 s.
 MAX_RECORDINGS = 64
 
 
-class _Passes(NamedTuple):
+class _Unrecorded(NamedTuple):
+    """A micro batch between its two passes: what the backward pass starts from, and ends at."""
+
+    loss_sum: Tensor
+    leaves: dict[str, Tensor]  # the parameters by name
+
+
+class _Recorded(NamedTuple):
     """A recorded micro batch: its input tensors, its results, and the two graphs that lie between."""
 
     inputs: dict[str, Tensor]
@@ -54,77 +62,80 @@ class MicroBatch(nn.Module):
         super().__init__()
         self.module = module
         self.record = record
-        self._parameters_in_order = [p for p in module.parameters() if p.requires_grad]
-        self._main_grads: list[Tensor] = []
+        self.sum_into({}, in_kernels=False)
         self._anchor = torch.zeros((), requires_grad=True)
-        self._recorded: dict[tuple[Any, ...], _Passes | None] = {}  # None: ran once, is not recorded yet
-        self._pool = torch.cuda.MemPool() if record else None
-        self._pending: Any = None  # between forward and backward: _Passes, or the loss with its graph
+        self._recorded: dict[tuple[Any, ...], _Recorded] = {}
+        self._warm = False
+        self._pool = torch.cuda.graph_pool_handle() if record else None
+        self._pending: _Recorded | _Unrecorded | None = None  # between forward and backward
 
-    def sum_into(self, main_grads: list[Tensor]) -> None:
-        """Add gradients to these fp32 tensors, one a parameter, of its shape."""
-        self._main_grads = main_grads
+    def sum_into(self, main_grads: dict[str, Tensor], in_kernels: bool) -> None:
+        """Add gradients to these fp32 tensors, by the names in `module`, of the parameters' shapes.
+
+        in_kernels: the model computes with the parameters themselves, so an operation may add to their sums.
+        """
+        self._main_grads, self._in_kernels = main_grads, in_kernels
 
     def forward(self, **inputs: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
             return self.module(**inputs)
         key = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in inputs.values())
-        if self.record and key not in self._recorded and len(self._recorded) < MAX_RECORDINGS:
-            self._recorded[key] = None
-            with torch.cuda.use_mem_pool(self._pool):
-                sums = self._run(inputs)
-        elif key in self._recorded:
-            sums = self._replay(key, inputs)
+        if self.record and self._warm and key not in self._recorded and len(self._recorded) < MAX_RECORDINGS:
+            self._recorded[key] = self._recording(inputs)
+        if key in self._recorded:
+            sums = self._replay(self._recorded[key], inputs)
         else:
-            sums = self._run(inputs)
+            sums, self._pending = self._run(inputs)
+            self._warm = True
         return sums._replace(loss_sum=_BackwardLater.apply(self._anchor, sums.loss_sum.detach(), self))
 
     def backward(self, d_loss_sum: Tensor) -> None:
         pending, self._pending = self._pending, None
-        if isinstance(pending, _Passes):
+        if isinstance(pending, _Recorded):
             pending.d_loss_sum.copy_(d_loss_sum)
             pending.backward.replay()
-        elif self.record:
-            with torch.cuda.use_mem_pool(self._pool):
-                self._add_gradients(pending, d_loss_sum)
-        else:
+        elif isinstance(pending, _Unrecorded):
             self._add_gradients(pending, d_loss_sum)
 
-    def _run(self, inputs: dict[str, Any]) -> Any:
-        sums = self.module(**inputs)
-        self._pending = sums.loss_sum
-        return sums
+    def _run(self, inputs: dict[str, Any]) -> tuple[Any, _Unrecorded]:
+        """The forward pass on leaves that alias the parameters.
 
-    def _add_gradients(self, loss_sum: Tensor, d_loss_sum: Tensor) -> None:
-        # On this thread: memory pools and recordings belong to the thread that opened them.
+        The parameters' own nodes in autograd's graph belong to the stream that saw them first, and carry
+        DeepSpeed's hooks.
+        """
+        leaves = {name: p.detach().requires_grad_() for name, p in self.module.named_parameters()}
+        if self._in_kernels:
+            for name, leaf in leaves.items():
+                leaf.main_grad = self._main_grads[name]  # type: ignore[attr-defined]
+        sums = functional_call(self.module, leaves, kwargs=inputs)
+        return sums, _Unrecorded(sums.loss_sum, leaves)
+
+    def _add_gradients(self, pending: _Unrecorded, d_loss_sum: Tensor) -> None:
+        # On this thread, which is the one that records.
         with torch.autograd.set_multithreading_enabled(False):
             gradients = torch.autograd.grad(
-                loss_sum, self._parameters_in_order, d_loss_sum, allow_unused=True
+                pending.loss_sum, list(pending.leaves.values()), d_loss_sum, allow_unused=True
             )
-        for main_grad, gradient in zip(self._main_grads, gradients, strict=True):
+        for name, gradient in zip(pending.leaves, gradients, strict=True):
             if gradient is not None:
-                main_grad.add_(gradient)
+                self._main_grads[name].add_(gradient)
 
-    def _replay(self, key: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
-        passes = self._recorded[key]
-        if passes is None:
-            passes = self._recorded[key] = self._recording(inputs)
+    def _replay(self, passes: _Recorded, inputs: dict[str, Any]) -> Any:
         for name, tensor in passes.inputs.items():
             tensor.copy_(inputs[name])
         passes.forward.replay()
         self._pending = passes
         return passes.sums
 
-    def _recording(self, inputs: dict[str, Any]) -> _Passes:
-        assert self._pool is not None
+    def _recording(self, inputs: dict[str, Any]) -> _Recorded:
         tensors = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: the loader's thread may pin memory meanwhile.
-        arguments: dict[str, Any] = {"pool": self._pool.id, "capture_error_mode": "thread_local"}
+        arguments: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
         with torch.cuda.graph(forward, **arguments):
-            sums = self.module(**{**inputs, **tensors})
+            sums, pending = self._run({**inputs, **tensors})
         d_loss_sum = torch.zeros_like(sums.loss_sum)
         with torch.cuda.graph(backward, **arguments):
-            self._add_gradients(sums.loss_sum, d_loss_sum)
-        sums = sums._replace(loss_sum=sums.loss_sum.detach())  # lets go of the activations
-        return _Passes(tensors, sums, d_loss_sum, forward, backward)
+            self._add_gradients(pending, d_loss_sum)
+        sums = sums._replace(loss_sum=sums.loss_sum.detach())
+        return _Recorded(tensors, sums, d_loss_sum, forward, backward)

@@ -12,7 +12,14 @@ from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights
 
 pytest.importorskip("triton")
 
-from mosaicbert_ds.ops import attention_triton, blocks_triton, dropout_layernorm_triton, geglu_triton
+from mosaicbert_ds.ops import (
+    attention_triton,
+    blocks_triton,
+    dropout_layernorm_triton,
+    geglu_triton,
+    layernorm_dropout_triton,
+)
+from mosaicbert_ds.ops.column_sums_triton import column_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, HEADS, INTERMEDIATE, EPS = 32, 2, 48, 1e-12
@@ -111,11 +118,37 @@ def test_mlp_block_has_the_gradients_of_its_parts(dropout_p):
         assert_close(found, exact)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("kinds", [1, 9])
+def test_embedding_norm_has_the_gradients_of_its_parts(kinds, dropout_p):
+    op = layernorm_dropout_triton.add_layer_norm_dropout
+    x, d_out = normal(9, HIDDEN), normal(9, HIDDEN)
+    weights = [normal(kinds, HIDDEN), normal(HIDDEN), normal(HIDDEN)]
+    torch.manual_seed(0)
+    ones = torch.ones(HIDDEN, device=DEVICE)  # a LayerNorm of zeros is its bias: what is kept of ones
+    kept = op(torch.zeros_like(x), torch.zeros_like(weights[0]), ones, ones, EPS, dropout_p)
+    found = gradients(lambda x, w: op(x, *w, EPS, dropout_p), x, weights, d_out, torch.float32)
+    exact = gradients(
+        lambda x, w: reference.add_layer_norm_dropout(x, *w, EPS, 0.0) * kept,
+        x,
+        weights,
+        d_out,
+        torch.float64,
+    )
+    assert_close(found, exact)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 24), (5000, 300)])
+def test_column_sums(rows, width):
+    x = normal(rows, width)
+    torch.testing.assert_close(column_sums(x).double(), x.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
 DTYPES = [torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_weight_with_a_main_grad_gets_its_gradient_added_there(dtype):
+def test_weights_with_a_main_grad_get_their_gradients_added_there(dtype):
     hidden, weights = normal(20, HIDDEN).to(dtype), mlp_weights(dtype)
     for w in weights:
         w.requires_grad_()
@@ -123,14 +156,12 @@ def test_a_weight_with_a_main_grad_gets_its_gradient_added_there(dtype):
     blocks_triton.mlp_block(hidden, weights, EPS, 0.0).backward(d_out)
     expected = [w.grad.float() for w in weights]
     for w in weights:
-        w.grad = None
-    for w in weights[:2]:
-        w.main_grad = torch.full_like(w, 2.0, dtype=torch.float32)
+        w.grad, w.main_grad = None, torch.full_like(w, 2.0, dtype=torch.float32)
     for _ in range(3):
         blocks_triton.mlp_block(hidden, weights, EPS, 0.0).backward(d_out)
-    assert [w.grad is None for w in weights] == [True, True, False, False, False]
-    for w, once in zip(weights[:2], expected[:2], strict=True):
-        # A gradient rounded to bf16 against one that never was: half a unit in the last of 8 bits.
+    assert all(w.grad is None for w in weights)
+    for w, once in zip(weights, expected, strict=True):
+        # A gradient rounded to bf16 against one that may never have been: half a unit in the last of 8 bits.
         tolerance = 1e-5 if dtype == torch.float32 else 2**-8
         torch.testing.assert_close(
             w.main_grad, 2 + 3 * once, rtol=tolerance, atol=tolerance * once.abs().max()
