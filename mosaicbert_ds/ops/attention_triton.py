@@ -54,13 +54,13 @@ ONE_TILE_FORWARD_REGISTERS = 128
 FORWARD = {
     16: Launch(128, 64, 4, 3),
     32: Launch(128, 64, 4, 3),
-    64: Launch(128, 64, 8, 3),
+    64: Launch(128, 64, 4, 3),
     128: Launch(128, 64, 8, 2),
 }
 BACKWARD_DQ = {
     16: Launch(128, 64, 4, 3),
     32: Launch(128, 64, 4, 3),
-    64: Launch(128, 64, 8, 3),
+    64: Launch(128, 64, 4, 3),
     128: Launch(128, 64, 8, 2),
 }
 BACKWARD_DKV = {
