@@ -30,11 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.arguments = sys.argv[1:] if argv is None else argv
     try:
-        args.run(args)
+        return args.run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return _EXIT_USER_ERROR
-    return 0
 
 
 def _train_tokenizer(args: argparse.Namespace) -> None:
@@ -177,6 +176,37 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.model, args.sources, args.lengths, args.out, args.text_field, args.max_tokens
     )
     print(table(losses), end="")
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    from mosaicbert_ds.cluster import estimate
+    from mosaicbert_ds.config import load_recipe
+    from mosaicbert_ds.errors import ConfigError
+
+    recipe = load_recipe(args.recipe, args.set)
+    price = recipe.telemetry.usd_per_gpu_hour if args.price is None else args.price
+    if price is None:
+        raise ConfigError("neither --price nor telemetry.usd_per_gpu_hour is given; give dollars a GPU-hour")
+    gpu, compute = estimate.GPUS[args.gpu], None
+    source = gpu.source
+    if args.bench:
+        compute, source = estimate.read_bench(args.bench, recipe), str(args.bench)
+    elif args.samples_per_s:
+        size = recipe.batch.micro_batch_size
+        compute = estimate.Compute(samples_per_s=args.samples_per_s, micro_batch_size=size)
+        source = f"{args.samples_per_s:g} samples/s a GPU, as given"
+    between = estimate.INTERCONNECTS[args.interconnect]
+    estimates = [
+        estimate.estimate_run(recipe, gpu, between, nodes, price, compute, args.fill) for nodes in args.nodes
+    ]
+    title = f"Predicted: {args.recipe} on {args.gpu}, {args.interconnect}, ${price:g} a GPU-hour"
+    if args.plot:
+        estimate.plot(estimates, args.plot, title)
+    if args.json:
+        facts = {"recipe": args.recipe, "gpu": args.gpu, "interconnect": args.interconnect}
+        print(estimate.as_json(estimates, **facts, usd_per_gpu_hour=price, compute_figure_from=source))
+    else:
+        print(f"{title}; computing speed from {source}\n\n{estimate.as_table(estimates)}")
 
 
 def _request(args: argparse.Namespace) -> "Request":
@@ -340,7 +370,47 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--max-tokens", type=int, default=2_000_000, metavar="N", help="of the text (default: %(default)s)"
     )
+
+    command = _command(
+        commands, "estimate", _estimate, "what a run will take on clusters: speed, memory, hours, dollars"
+    )
+    _add_recipe(command, "to be run", "batch.micro_batch_size=512 engine.deepspeed=zero2")
+    _add_estimate(command)
     return parser
+
+
+def _add_estimate(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--gpu", choices=("a100-40", "a100-80", "h100", "h200"), default="h200", help="(default: %(default)s)"
+    )
+    command.add_argument(
+        "--nodes",
+        type=_sizes,
+        default=[1, 8, 16, 32, 64],
+        metavar="N,N",
+        help="of 8 GPUs (default: 1,8,16,32,64)",
+    )
+    command.add_argument(
+        "--interconnect",
+        choices=("ethernet-25", "ethernet-100", "efa-400", "efa-3200", "hdr-8", "ndr-8"),
+        default="ndr-8",
+        help="between nodes; Gbit/s, or InfiniBand with a card a GPU (default: %(default)s)",
+    )
+    command.add_argument(
+        "--price", type=float, metavar="P", help="dollars a GPU-hour (default: the recipe's)"
+    )
+    figure = command.add_mutually_exclusive_group()
+    figure.add_argument(
+        "--bench", type=Path, metavar="FILE", help="speed from `mosaicbert bench throughput --json`"
+    )
+    figure.add_argument(
+        "--samples-per-s", type=float, metavar="X", help="speed of one GPU at the recipe's micro batch"
+    )
+    command.add_argument(
+        "--fill", type=float, default=0.88, metavar="F", help="real share of tokens (default: %(default)s)"
+    )
+    command.add_argument("--plot", type=Path, metavar="FILE", help="also draw it: .png, .svg or .pdf")
+    command.add_argument("--json", action="store_true", help=_JSON)
 
 
 def _add_benchmarks(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -476,7 +546,7 @@ def _add_devices(command: argparse.ArgumentParser) -> None:
 def _command(
     group: "argparse._SubParsersAction[argparse.ArgumentParser]",
     name: str,
-    run: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], int | None],
     text: str,
 ) -> argparse.ArgumentParser:
     command = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mosaicbert_ds.bench.machine import Machine
+from mosaicbert_ds.tables import column as column
+from mosaicbert_ds.tables import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,34 +33,3 @@ class Report:
     def __str__(self) -> str:
         parts = [str(self.machine), table(self.rows), table(self.details), "\n".join(self.notes)]
         return "\n\n".join(part for part in parts if part)
-
-
-def column(title: str, form: str = "", default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that a table shows under `title`, numbers in the format `form`."""
-    return dataclasses.field(default=default, metadata={"title": title, "form": form})
-
-
-def table(rows: Sequence[Any]) -> str:
-    """The rows under their titles; None is a dash, and a column of nothing else is left out."""
-    if not rows:
-        return ""
-    shown = [
-        field
-        for field in dataclasses.fields(rows[0])
-        if any(getattr(row, field.name) is not None for row in rows)
-    ]
-    cells = [[field.metadata["title"] for field in shown]]
-    cells += [[_cell(getattr(row, field.name), field.metadata["form"]) for field in shown] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    is_text = [not field.metadata["form"] for field in shown]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(line, widths, is_text, strict=True)
-        ).rstrip()
-        for line in cells
-    )
-
-
-def _cell(value: Any, form: str) -> str:
-    return "-" if value is None else format(value, form)

@@ -6,30 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mosaicbert_ds.errors import ConfigError, TrainingError
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Host to number of GPUs, from lines `HOST slots=N` as DeepSpeed's launcher takes them."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"--hostfile {path} cannot be read: {error.strerror}") from None
-    hosts: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
-        # A name that begins with a dash would be an option to ssh.
-        if not slots.isdecimal() or int(slots) < 1 or words[0].startswith("-") or words[0] in hosts:
-            raise ConfigError(
-                f"{path}:{number}: '{line.strip()}' is not HOST slots=N with a host not named before"
-            )
-        hosts[words[0]] = int(slots)
-    if not hosts:
-        raise ConfigError(f"--hostfile {path} names no host")
-    return hosts
+from mosaicbert_ds.errors import TrainingError
+from mosaicbert_ds.hostfile import read_hostfile
 
 
 def run_on_hosts(hostfile: Path, arguments: Sequence[str]) -> None:

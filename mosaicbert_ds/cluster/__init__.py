@@ -1,0 +1,1 @@
+"""Several hosts: what a run will cost, whether they are ready, and starting and ending it on all of them."""
