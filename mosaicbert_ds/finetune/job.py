@@ -67,6 +67,11 @@ class JobSpec:
         return self.jobs / self.job.name
 
 
+def cuda_is_lost() -> bool:
+    """Whether this process was forked from one that had started CUDA, and so cannot use it."""
+    return torch.cuda._is_in_bad_fork()
+
+
 def run_in_process(spec: JobSpec, claim: Claim, device: str, num_threads: int) -> None:
     """What the queue starts: run the job and end the process with an exit code. Writes `failure.json`."""
     log = (spec.work / "log.txt").open("a", buffering=1, encoding="utf-8")

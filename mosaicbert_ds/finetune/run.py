@@ -7,18 +7,20 @@ from it are not run. A job whose process was killed is tried once more and goes 
 
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 from pathlib import Path
 
 import torch
 
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.finetune.claim import Claim, Watch
-from mosaicbert_ds.finetune.job import JobSpec, run_in_process, write_failure
+from mosaicbert_ds.finetune.job import JobSpec, cuda_is_lost, run_in_process, write_failure
 from mosaicbert_ds.training.faults import EXIT_STOPPED
 
 _POLL_S = 0.2
@@ -38,7 +40,7 @@ class Outcome:
 class _Running:
     spec: JobSpec
     claim: Claim
-    process: ForkServerProcess
+    process: ForkServerProcess | SpawnProcess
     slot: int
 
 
@@ -60,9 +62,7 @@ class Queue:
         """Settle all jobs and return how each ended, by name; None if asked to stop before."""
         # A failure from before this start is forgiven: whoever starts again has mended something.
         self._forgiven = {path for path in map(_failure_of, self.specs) if path.exists()}
-        context = multiprocessing.get_context("forkserver")
-        # Imported once and inherited by each job, which would else spend seconds on it.
-        context.set_forkserver_preload([run_in_process.__module__])
+        context = _process_context()
         while True:
             self._reap()
             waiting = [spec for spec in self.specs if not self._is_settled(spec)]
@@ -101,7 +101,7 @@ class Queue:
         after = spec.job.after
         return after is None or (after in self._outcomes and self._outcomes[after].result is not None)
 
-    def _start(self, context: multiprocessing.context.ForkServerContext, spec: JobSpec, slot: int) -> None:
+    def _start(self, context: ForkServerContext | SpawnContext, spec: JobSpec, slot: int) -> None:
         claim = self._watch.try_claim(spec.work)
         if claim is None:
             return
@@ -141,6 +141,20 @@ class Queue:
             running.process.kill()
             running.process.join()
         self._reap()
+
+
+def _process_context() -> ForkServerContext | SpawnContext:
+    """How jobs start: forked from a server that has imported everything, which would else take them seconds.
+
+    A process may not be forked once its CUDA driver is up, and a library that looks for GPUs while it is
+    imported may start it. NVML answers most of them without; where it does not, jobs import for themselves.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([run_in_process.__module__])
+    with ProcessPoolExecutor(1, mp_context=server) as pool:
+        is_unusable = pool.submit(cuda_is_lost).result()
+    return multiprocessing.get_context("spawn") if is_unusable else server
 
 
 def _failure_of(spec: JobSpec) -> Path:

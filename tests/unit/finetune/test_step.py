@@ -221,7 +221,8 @@ def test_captured_steps_compute_what_uncaptured_ones_do(
         )
         for _ in range(4):
             run(trainer, split, batches, padded=architecture == "bert")
-        assert cls is Uncaptured or len(trainer._graphs) == len(trainer._buffers) > 1
+        if cls is Trainer:  # BERT pads all of these rows to one length
+            assert len(trainer._graphs) == len(trainer._buffers) >= (1 if architecture == "bert" else 2)
         found.append(trainer)
     torch.testing.assert_close(found[0].losses, found[1].losses, rtol=2e-2 if bf16 else 1e-3, atol=1e-3)
     for name, weight in found[0].state()["weights"].items():
