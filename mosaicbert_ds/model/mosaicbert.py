@@ -283,6 +283,8 @@ class MosaicBertPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # ZeRO-3 gathers each of these as a whole.
     zero3_units = (MosaicBertAttention, MosaicBertGatedMLP)
+    # The unpadded call never waits for the device, so that its kernels can be recorded as a CUDA graph.
+    is_recordable = True
     _input_embed_layer = "word_embeddings"
 
     @torch.no_grad()

@@ -100,7 +100,8 @@ def build_engine(
     stage = ds_config["zero_optimization"].get("stage", 0)
     module = Bf16Compute(model) if bf16 and not deepspeed_bf16 else model
     if stage == 0 or (stage == 1 and deepspeed_bf16):
-        module = MicroBatch(module, record=cuda_graphs and dist.device().type == "cuda")
+        record = cuda_graphs and dist.device().type == "cuda" and getattr(model, "is_recordable", False)
+        module = MicroBatch(module, record)
     # DeepSpeed looks at each step's gradient norm on the host and skips the step where it is not finite, and
     # waits for the device to do so. The loop looks at the norms of many steps at once and ends the run.
     bf16_optimizer.is_invalid_grad_norm = lambda norm: False
