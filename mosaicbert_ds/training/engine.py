@@ -99,7 +99,7 @@ def build_engine(
         deepspeed.utils.set_z3_leaf_modules(model, units)
     stage = ds_config["zero_optimization"].get("stage", 0)
     module = Bf16Compute(model) if bf16 and not deepspeed_bf16 else model
-    if stage == 0 or (stage == 1 and deepspeed_bf16):
+    if _holds_fp32_sums(ds_config):
         record = cuda_graphs and dist.device().type == "cuda" and getattr(model, "is_recordable", False)
         module = MicroBatch(module, record)
     # DeepSpeed looks at each step's gradient norm on the host and skips the step where it is not finite, and
@@ -121,6 +121,20 @@ def build_engine(
     for name, parameter in named_parameters(engine).items():
         scatter(engine, parameter, "weights", weights[name])
     return engine
+
+
+def _holds_fp32_sums(ds_config: dict[str, Any]) -> bool:
+    """Whether every rank holds the summed gradient of all parameters in fp32, on its device.
+
+    At stage 1 this is DeepSpeed's BF16_Optimizer, taken for bf16 with fp32 sums and no offload.
+    """
+    zero = ds_config["zero_optimization"]
+    return zero.get("stage", 0) == 0 or (
+        zero["stage"] == 1
+        and ds_config["bf16"]["enabled"]
+        and ds_config["data_types"]["grad_accum_dtype"] == "fp32"
+        and not zero.get("offload_optimizer")
+    )
 
 
 def named_parameters(engine: Any) -> dict[str, nn.Parameter]:
