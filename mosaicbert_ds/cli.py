@@ -209,6 +209,19 @@ def _estimate(args: argparse.Namespace) -> None:
         print(f"{title}; computing speed from {source}\n\n{estimate.as_table(estimates)}")
 
 
+def _launch(args: argparse.Namespace) -> int:
+    from mosaicbert_ds.cluster.launch import Job, launch, named_variables
+
+    job = Job(
+        command=[args.script, *args.arguments_of_script],
+        environment=named_variables(args.env),
+        port=args.port,
+        interface=args.interface,
+        hang_limit_s=args.hang_limit,
+    )
+    return launch(job, args.hostfile, args.restarts, args.min_hosts)
+
+
 def _request(args: argparse.Namespace) -> "Request":
     from mosaicbert_ds.finetune.suite import Devices, Request
 
@@ -372,11 +385,61 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = _command(
+        commands, "launch", _launch, "run a script on all GPUs of all hosts, watched; what `deepspeed` does"
+    )
+    _add_launch(command)
+
+    command = _command(
         commands, "estimate", _estimate, "what a run will take on clusters: speed, memory, hours, dollars"
     )
     _add_recipe(command, "to be run", "batch.micro_batch_size=512 engine.deepspeed=zero2")
     _add_estimate(command)
     return parser
+
+
+def _add_launch(command: argparse.ArgumentParser) -> None:
+    _add_hosts(command)
+    command.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="a variable that the ranks get; no others travel",
+    )
+    command.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again after a failure, up to N times (default: %(default)s)",
+    )
+    command.add_argument(
+        "--min-hosts",
+        type=_positive,
+        metavar="N",
+        help="go on without hosts that do not answer, down to N (default: all are needed)",
+    )
+    command.add_argument(
+        "--hang-limit",
+        type=float,
+        default=900.0,
+        metavar="S",
+        help="seconds without progress after which a rank counts as hanging (default: %(default)s)",
+    )
+    command.add_argument("script", metavar="SCRIPT", help="such as mosaicbert_ds/pretrain.py")
+    command.add_argument("arguments_of_script", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
+
+
+def _add_hosts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="lines HOST slots=N (default: the Slurm job's nodes)"
+    )
+    command.add_argument(
+        "--port", type=_positive, default=29500, metavar="N", help="of the first host (default: %(default)s)"
+    )
+    command.add_argument(
+        "--interface", metavar="NAME", help="between hosts (default: the one on the way to each other)"
+    )
 
 
 def _add_estimate(command: argparse.ArgumentParser) -> None:

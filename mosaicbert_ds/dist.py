@@ -2,12 +2,13 @@
 
 The one place that reads the launcher's environment: DeepSpeed's launcher and torchrun set RANK,
 WORLD_SIZE and LOCAL_RANK; under `srun` the same facts stand in SLURM_PROCID, SLURM_NTASKS and
-SLURM_LOCALID.
+SLURM_LOCALID. `mosaicbert launch` names a folder for signs of life in MOSAICBERT_HEARTBEATS.
 """
 
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,12 @@ def barrier() -> None:
     """Wait for all ranks."""
     if td.is_initialized() and td.get_world_size() > 1:
         td.barrier()
+
+
+def beat() -> None:
+    """Tell the launcher, where it listens, that this rank has got a little further."""
+    if folder := os.environ.get("MOSAICBERT_HEARTBEATS"):
+        Path(folder, str(rank())).touch()
 
 
 def leave() -> None:

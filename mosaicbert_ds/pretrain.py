@@ -23,7 +23,7 @@ from mosaicbert_ds.ops import choose_kernels
 from mosaicbert_ds.training import saving
 from mosaicbert_ds.training.ds_config import read_ds_config, resolve_ds_config
 from mosaicbert_ds.training.engine import build_engine, init_distributed
-from mosaicbert_ds.training.faults import EXIT_STOPPED, EXIT_USER_ERROR, StopRequest
+from mosaicbert_ds.training.faults import EXIT_STOPPED, EXIT_USER_ERROR, StopRequest, show_stack_on_request
 from mosaicbert_ds.training.loop import Schedules, fit
 from mosaicbert_ds.training.meter import Rates, peak_flops_per_s
 from mosaicbert_ds.training.plan import plan_batches
@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         open_run_folder(args.out, recipe.to_yaml(), ds_config, tokenizer.folder)
 
     # -- the parts
+    show_stack_on_request()
     init_distributed()
     stop = StopRequest()
     found = dist.on_main(lambda: checkpoint.state["progress"] if checkpoint else None)
@@ -151,6 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         if telemetry:
             telemetry.close()
         saver.wait()
+    if not finished:
+        dist.barrier()  # launchers end all ranks when the first has left: not before the main one has written
     if not finished and dist.is_main():
         print(
             f"stopped on request at step {progress.step:,}; the same command goes on from there", flush=True

@@ -4,6 +4,7 @@ The signal only sets a flag. The loop looks at it together with the other ranks 
 logging window, saves a checkpoint and ends with `EXIT_STOPPED`; the same command goes on from there.
 """
 
+import faulthandler
 import signal
 from types import FrameType
 
@@ -11,6 +12,11 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run me again
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def show_stack_on_request() -> None:
+    """From now on SIGUSR2 prints where this process is: `mosaicbert launch` asks ranks that hang."""
+    faulthandler.register(signal.SIGUSR2)
 
 
 class StopRequest:

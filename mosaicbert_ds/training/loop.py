@@ -58,6 +58,7 @@ def train_step(engine: Any, micro_batches: list[Any], lr: float, plan: BatchPlan
         sums = engine(**batch.model_inputs())
         engine.backward(sums.loss_sum * scale)
         engine.step()  # updates the weights after the last micro batch only
+        dist.beat()
         loss_sum += sums.loss_sum.detach()
         num_correct += sums.num_correct
     grad_norm = torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32).to(dist.device())
@@ -70,6 +71,7 @@ def evaluate(engine: Any, batches: Iterable[Any]) -> dict[str, float]:
     engine.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=dist.device())
     for batch in batches:
+        dist.beat()
         sums = engine(**batch.to(dist.device()).model_inputs())
         totals += torch.stack(
             [sums.loss_sum.double(), sums.num_correct.double(), totals.new_tensor(batch.num_masked)]
@@ -113,6 +115,7 @@ def fit(
         waited_from_s = time.perf_counter()
         micro_batches = [batch.to(dist.device()) for batch in next(batches)]
         window.data_wait_s += time.perf_counter() - waited_from_s
+        dist.beat()
 
         # -- forward, backward, step
         before, after = progress.samples_seen, progress.samples_seen + plan.global_batch_size
