@@ -222,6 +222,16 @@ def _launch(args: argparse.Namespace) -> int:
     return launch(job, args.hostfile, args.restarts, args.min_hosts)
 
 
+def _check_cluster(args: argparse.Namespace) -> int:
+    from mosaicbert_ds.cluster.check import Wanted, check_cluster
+    from mosaicbert_ds.cluster.launch import find_hosts
+
+    wanted = Wanted(recipe=args.recipe, overrides=args.set, data=args.data, out=args.out)
+    text, ready = check_cluster(find_hosts(args.hostfile), wanted, args.port, args.interface)
+    print(text)
+    return 0 if ready else 1
+
+
 def _request(args: argparse.Namespace) -> "Request":
     from mosaicbert_ds.finetune.suite import Devices, Request
 
@@ -388,6 +398,19 @@ def _parser() -> argparse.ArgumentParser:
         commands, "launch", _launch, "run a script on all GPUs of all hosts, watched; what `deepspeed` does"
     )
     _add_launch(command)
+
+    cluster = commands.add_parser("cluster", help="look at the hosts before a run")
+    actions = cluster.add_subparsers(title="actions", required=True, metavar="ACTION")
+    command = _command(
+        actions,
+        "check",
+        _check_cluster,
+        "hosts, versions, GPUs, data, space, clocks, network: a table",
+    )
+    _add_hosts(command)
+    _add_recipe(command, "to be run", "batch.micro_batch_size=512")
+    command.add_argument("--data", metavar="DIR", help="shards that every host must read alike")
+    command.add_argument("--out", metavar="DIR", help="folder that every host must be able to write")
 
     command = _command(
         commands, "estimate", _estimate, "what a run will take on clusters: speed, memory, hours, dollars"

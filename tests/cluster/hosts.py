@@ -145,9 +145,9 @@ class Hosts:
     def plug_in(self, name: str) -> None:
         run("ip", "link", "set", f"v{self.tag}{self.names.index(name)}", "up")
 
-    def limit(self, mbit_per_s: float) -> None:
-        """What every host can send, so that both ways of a connection are limited; 0 for no limit."""
-        for name in self.names:
+    def limit(self, mbit_per_s: float, names: list[str] | None = None) -> None:
+        """What each host (or those named) can send; 0 for no limit."""
+        for name in names or self.names:
             device = ["dev", "eth0", "root"]
             subprocess.run(self.on(name, "tc", "qdisc", "del", *device), capture_output=True)
             if mbit_per_s:

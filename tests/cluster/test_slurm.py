@@ -54,7 +54,7 @@ class Slurm:
         }
         (folder / "state").mkdir()
         (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, last=hosts.count - 1))
-        (folder / "gres.conf").write_text("Name=gpu Count=1\n")
+        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
         self.call("slurmctld", "-c")
         for name in hosts.names:
             self.call("slurmd", "-N", name, on=name)
@@ -86,7 +86,7 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
         pytest.skip(f"{', '.join(absent)} missing; apt-get install slurmctld slurmd slurm-client")
     folder = hosts.folder / "slurm"
     folder.mkdir()
-    yield (slurm := Slurm(hosts, folder))
+    yield Slurm(hosts, folder)
     for name in hosts.names:
         for line, pid in ((line, pid) for pid, line in hosts.processes(name).items()):
             if "slurm" in line:

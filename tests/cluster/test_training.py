@@ -35,12 +35,16 @@ def command(hosts: Hosts, corpus: Path, run: Path, *more: str) -> list[str]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Training loss by step; of a step that was trained twice, the later. A half line is not counted."""
+    return read_metrics(run, "train/loss")
+
+
+def read_metrics(run: Path, tag: str) -> dict[int, float]:
+    """A number by step; of a step that was trained twice, the later. A half line is not counted."""
     found = {}
     path = run / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
-        if line.endswith("}") and "train/loss" in (values := json.loads(line)):
-            found[values["step"]] = values["train/loss"]
+        if line.endswith("}") and tag in (values := json.loads(line)):
+            found[values["step"]] = values[tag]
     return found
 
 
