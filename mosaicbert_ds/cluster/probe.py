@@ -4,6 +4,7 @@ python -m mosaicbert_ds.cluster.probe             facts of this host; questions 
 deepspeed ... mosaicbert_ds/cluster/probe.py      on all ranks: times between every two hosts
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as td
 
 from mosaicbert_ds import dist
 from mosaicbert_ds.errors import UserError
@@ -26,6 +28,7 @@ _GPU_BYTES, _CPU_BYTES = (
     1 << 22,
 )  # a message, in which bandwidth counts more than latency
 _REPEATS = 3
+_TIMEOUT = datetime.timedelta(minutes=5)
 
 
 def facts(question: dict[str, Any]) -> dict[str, Any]:
@@ -77,12 +80,16 @@ def time_network(ranks_per_host: list[int]) -> None:
 
     In rounds in which every host has one partner, as in a tournament. The main rank prints bytes/s.
     """
-    import torch.distributed as td
-
-    from mosaicbert_ds.training.engine import init_distributed
-
-    init_distributed()
     device = dist.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Without DeepSpeed, which would first compile: this looks at the network alone.
+    td.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        timeout=_TIMEOUT,
+    )
     size = _GPU_BYTES if device.type == "cuda" else _CPU_BYTES
     message = torch.ones(size, dtype=torch.uint8, device=device)
     firsts = [sum(ranks_per_host[:number]) for number in range(len(ranks_per_host))]

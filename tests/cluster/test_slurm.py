@@ -51,6 +51,7 @@ class Slurm:
         self.environment = os.environ | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PATH": f"{BIN}:{os.environ['PATH']}",
+            "VIRTUAL_ENV": str(BIN.parent),
         }
         (folder / "state").mkdir()
         (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, last=hosts.count - 1))
