@@ -86,12 +86,13 @@ def shipped_recipes() -> list[str]:
 
 def describe(config: RunConfig, plan: BatchPlan, ds_config: dict[str, Any]) -> str:
     """What a run of `config` would be, for `--dry-run`: nothing is built and nothing is read but this."""
-    peak, total = config.optimizer.peak_lr, plan.total_samples
+    peak = config.optimizer.peak_lr
     decay = f"{config.optimizer.adamw_weight_decay:g} (decoupled {config.optimizer.weight_decay:g})"
-    points = [total * tenth // 9 for tenth in range(10)]
-    rates = "\n".join(
-        f"  {samples:>15,} samples  {peak * config.schedule.lr_factor_at(samples / total):.3e}"
-        for samples in points
+    points = [tenth / 9 for tenth in range(10)]
+    lines = "\n".join(
+        f"  {_place(plan, done)}  {peak * config.schedule.lr_factor_at(done):.3e}"
+        + (f"  global batch {plan.batch_size_at(done, 0):,}" if plan.ramp else "")
+        for done in points
     )
     return f"""# resolved recipe
 {config.to_yaml()}
@@ -101,10 +102,17 @@ AdamW-equivalent weight decay: {decay}
 batch: {plan}
 mask rate: {config.masking.rate_at(0.0):g} at the start, {config.masking.rate_at(1.0):g} at the end
 learning rate:
-{rates}
+{lines}
 
 # DeepSpeed config
 {json.dumps(ds_config, indent=2)}"""
+
+
+def _place(plan: BatchPlan, done: float) -> str:
+    """The point of the run where the part `done` of it is done, in the unit of its duration."""
+    if plan.total_samples is None:
+        return f"{(plan.minutes or 0) * done:15.2f} minutes"
+    return f"{round(plan.total_samples * done):>15,} samples"
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> RunConfig:

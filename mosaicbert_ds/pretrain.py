@@ -6,6 +6,7 @@ The same command, given again, goes on from the run's newest checkpoint.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -21,10 +22,11 @@ from mosaicbert_ds.errors import ConfigError, UserError
 from mosaicbert_ds.model import build_pretraining_model, count_parameters
 from mosaicbert_ds.ops import choose_kernels
 from mosaicbert_ds.training import saving
+from mosaicbert_ds.training.course import Course, Schedules
 from mosaicbert_ds.training.ds_config import read_ds_config, resolve_ds_config
 from mosaicbert_ds.training.engine import build_engine, init_distributed
 from mosaicbert_ds.training.faults import EXIT_STOPPED, EXIT_USER_ERROR, StopRequest, show_stack_on_request
-from mosaicbert_ds.training.loop import Schedules, fit
+from mosaicbert_ds.training.loop import fit
 from mosaicbert_ds.training.meter import Rates, peak_flops_per_s
 from mosaicbert_ds.training.plan import plan_batches
 from mosaicbert_ds.training.progress import Progress
@@ -76,6 +78,11 @@ def main(argv: list[str] | None = None) -> int:
     stop = StopRequest()
     found = dist.on_main(lambda: checkpoint.state["progress"] if checkpoint else None)
     progress = Progress(**found) if found else Progress()
+    schedules = Schedules(
+        optimizer=recipe.optimizer, schedule=recipe.schedule, mask_rate_at=recipe.masking.rate_at
+    )
+    course = Course(plan, schedules, progress)
+    steps, for_loader = itertools.tee(course)  # the loader is ahead of the loop
     torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
     model = build_pretraining_model(recipe.model)
     if found:
@@ -93,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     num_parameters = count_parameters(recipe.model)
     telemetry = None
     if dist.is_main():
-        telemetry = Telemetry(args.out, plan, recipe.to_yaml(), progress.samples_seen)
+        telemetry = Telemetry(args.out, plan, recipe.to_yaml(), progress)
         for line in notes:
             telemetry.say(line)
         telemetry.say(
@@ -104,11 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         shards,
         tokenizer,
         recipe.data,
-        recipe.masking,
-        global_batch_size=plan.global_batch_size,
+        for_loader,
         micro_batch_size=plan.micro_batch_size,
-        num_samples_total=plan.total_samples,
-        start_sample=progress.samples_seen,
         seed=recipe.seed,
         rank=dist.rank(),
         world_size=plan.world_size,
@@ -120,9 +124,8 @@ def main(argv: list[str] | None = None) -> int:
             engine,
             progress=progress,
             plan=plan,
-            schedules=Schedules(
-                optimizer=recipe.optimizer, schedule=recipe.schedule, mask_rate_at=recipe.masking.rate_at
-            ),
+            course=course,
+            steps=steps,
             batches=batches,
             evaluation=recipe.evaluation,
             evaluation_batches=lambda: evaluation_batches(

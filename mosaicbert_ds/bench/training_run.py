@@ -4,6 +4,7 @@ Each measurement is a process of its own (`in_fresh_process`), so that none find
 captured graphs of the one before.
 """
 
+import itertools
 import multiprocessing
 import os
 from collections.abc import Callable, Generator
@@ -23,11 +24,12 @@ from mosaicbert_ds.data.shards import ShardSet
 from mosaicbert_ds.data.tokenizer import load_tokenizer
 from mosaicbert_ds.model import build_pretraining_model
 from mosaicbert_ds.ops import choose_kernels
+from mosaicbert_ds.training.course import Course, Schedules
 from mosaicbert_ds.training.ds_config import read_ds_config, resolve_ds_config
 from mosaicbert_ds.training.engine import build_engine, init_distributed
-from mosaicbert_ds.training.loop import Schedules, train_step
+from mosaicbert_ds.training.loop import train_step
 from mosaicbert_ds.training.plan import BatchConfig, BatchPlan, DurationConfig, plan_batches
-from mosaicbert_ds.training.progress import step_seed
+from mosaicbert_ds.training.progress import Progress, step_seed
 
 # Steps whose batches are all different, then they come again: a batch repeated alone would hide what new
 # lengths cost.
@@ -90,22 +92,21 @@ class TrainingRun:
             bf16=recipe.engine.precision == "bf16",
             cuda_graphs=recipe.engine.cuda_graphs and not recipe.model.activation_checkpointing,
         )
+        schedules = Schedules(
+            optimizer=recipe.optimizer, schedule=recipe.schedule, mask_rate_at=recipe.masking.rate_at
+        )
+        self._steps, for_loader = itertools.tee(Course(plan, schedules, Progress()))
         self.batches: Generator[list[Batch], None, None] = pretraining_batches(
             shards,
             tokenizer,
             recipe.data,
-            recipe.masking,
-            global_batch_size=plan.global_batch_size,
+            for_loader,
             micro_batch_size=plan.micro_batch_size,
-            num_samples_total=plan.total_samples,
             seed=recipe.seed,
             rank=dist.rank(),
             world_size=plan.world_size,
         )
-        self.recipe, self._samples_seen = recipe, 0
-        self._schedules = Schedules(
-            optimizer=recipe.optimizer, schedule=recipe.schedule, mask_rate_at=recipe.masking.rate_at
-        )
+        self.recipe = recipe
 
     def next_batches(self) -> list[Batch]:
         """The loader's next global batch, on its way to the device as `fit` sends it there."""
@@ -113,10 +114,13 @@ class TrainingRun:
 
     def step(self, micro_batches: list[Any]) -> None:
         """One optimizer step on a global batch that lies on the device. Does not wait for the device."""
-        before, self._samples_seen = self._samples_seen, self._samples_seen + self.plan.global_batch_size
-        lr = self._schedules.learning_rate(self._samples_seen / self.plan.total_samples)
+        step = next(self._steps)
         train_step(
-            self.engine, micro_batches, lr, self.plan, step_seed(self.recipe.seed, before, dist.rank())
+            self.engine,
+            micro_batches,
+            step.learning_rate,
+            self.plan,
+            step_seed(self.recipe.seed, step.start, dist.rank()),
         )
 
 

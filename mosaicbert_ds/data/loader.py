@@ -1,6 +1,6 @@
 """Unpadded batches for one rank, prepared ahead of the step in a background thread.
 
-    for micro_batches in pretraining_batches(shards, tokenizer, data, masking, seed=17, ...):
+    for micro_batches in pretraining_batches(shards, tokenizer, data, global_batches, seed=17, ...):
         for batch in micro_batches:
             loss = model(batch.to(device))
 
@@ -9,7 +9,7 @@ m goes to rank m % world_size: rank count and micro batch size decide who comput
 """
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from mosaicbert_ds.data.config import EVALUATION_MASK_RATE, DataConfig, MaskingConfig
+from mosaicbert_ds.data.config import EVALUATION_MASK_RATE, DataConfig
 from mosaicbert_ds.data.masking import mask_tokens, sample_keys
 from mosaicbert_ds.data.sampler import samples_at
 from mosaicbert_ds.data.shards import ShardSet
@@ -25,6 +25,7 @@ from mosaicbert_ds.data.tokenizer import LoadedTokenizer
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.ops import IGNORED_LABEL
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # Held-out samples and their masks are the same in every run, whatever its seed.
@@ -86,41 +87,45 @@ def rounded_up(count: int) -> int:
     return max(0, -(-(count - 8) // step)) * step + 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class GlobalBatch:
+    """Positions `start` to `start + size` of the stream of `sampler.samples_at`, masked at `mask_rate`."""
+
+    start: int
+    size: int
+    mask_rate: float
+
+
 def pretraining_batches(
     shards: ShardSet,
     tokenizer: LoadedTokenizer,
     data: DataConfig,
-    masking: MaskingConfig,
+    global_batches: Iterable[GlobalBatch],
     *,
     seed: int,
-    global_batch_size: int,
     micro_batch_size: int,
-    num_samples_total: int,
     rank: int,
     world_size: int,
-    start_sample: int = 0,
 ) -> Generator[list[Batch], None, None]:
-    """This rank's micro batches, one list for each global batch, from `start_sample` to the run's end.
+    """This rank's micro batches, one list for each of `global_batches`, which are asked for `data.prefetch`
+    ahead, in the consumer's thread.
 
-    Sizes and positions count samples. Global batch k is positions k * G to (k + 1) * G of the stream
-    of `sampler.samples_at`; micro batch m of it goes to rank m % world_size. Raises ConfigError for
-    numbers that do not divide, DataError for data of another length or tokenizer, before the first
-    batch; DataError later for damaged shards.
+    Micro batch m of a global batch goes to rank m % world_size. Raises DataError for data of another
+    length or tokenizer, before the first batch; DataError later for damaged shards, and ConfigError for
+    a global batch that does not divide.
     """
-    _check_division(global_batch_size, micro_batch_size, world_size, num_samples_total, start_sample)
     shards.check_tokenizer(tokenizer)
     shards.check_settings(data)
 
-    def make(start: int) -> list[Batch]:
-        epochs, indices = samples_at(seed, shards.num_samples, start, global_batch_size)
-        rate = masking.rate_at(start / num_samples_total)
-        mine = micro_batch_slices(global_batch_size, micro_batch_size, rank, world_size)
+    def make(batch: GlobalBatch) -> list[Batch]:
+        epochs, indices = samples_at(seed, shards.num_samples, batch.start, batch.size)
+        mine = micro_batch_slices(batch.size, micro_batch_size, rank, world_size)
         return [
-            _collate(shards, tokenizer, sample_keys(seed, epochs[m], indices[m]), indices[m], rate)
+            _collate(shards, tokenizer, sample_keys(seed, epochs[m], indices[m]), indices[m], batch.mask_rate)
             for m in mine
         ]
 
-    return _ahead(make, range(start_sample, num_samples_total, global_batch_size), data.prefetch)
+    return _ahead(make, iter(global_batches), data.prefetch)
 
 
 def evaluation_batches(
@@ -152,31 +157,25 @@ def evaluation_batches(
             )
         return _collate(shards, tokenizer, sample_keys(seed, 0, mine), mine, EVALUATION_MASK_RATE)
 
-    return _ahead(make, range(0, count, micro_batch_size * world_size), _EVALUATION_PREFETCH)
+    return _ahead(make, iter(range(0, count, micro_batch_size * world_size)), _EVALUATION_PREFETCH)
 
 
 def micro_batch_slices(
     global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
 ) -> list[slice]:
-    """The parts of a global batch that `rank` computes: its micro batches rank, rank + world_size, ..."""
+    """The parts of a global batch that `rank` computes: its micro batches rank, rank + world_size, ...
+
+    Raises ConfigError if ranks would get parts of unequal size.
+    """
+    share = micro_batch_size * world_size
+    if global_batch_size % share:
+        near = max(1, round(global_batch_size / share)) * share
+        raise ConfigError(
+            f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} "
+            f"x {world_size} ranks; use {near}, or another micro batch"
+        )
     firsts = range(rank * micro_batch_size, global_batch_size, world_size * micro_batch_size)
     return [slice(first, first + micro_batch_size) for first in firsts]
-
-
-def _check_division(global_batch: int, micro_batch: int, world: int, total: int, start: int) -> None:
-    share = micro_batch * world
-    if global_batch % share:
-        near = max(1, round(global_batch / share)) * share
-        raise ConfigError(
-            f"global_batch_size {global_batch} is not a multiple of micro_batch_size {micro_batch} x"
-            f" {world} ranks; use {near}, or another micro batch"
-        )
-    for name, samples in (("the run's length", total), ("the starting point", start)):
-        if samples % global_batch:
-            near = round(samples / global_batch) * global_batch
-            raise ConfigError(
-                f"{name}, {samples} samples, is no multiple of global_batch_size {global_batch}; try {near}"
-            )
 
 
 def _collate(
@@ -210,16 +209,16 @@ def _collate(
     ).pinned()
 
 
-def _ahead(make: Callable[[int], T], starts: range, prefetch: int) -> Generator[T, None, None]:
-    """`make(start)` for each start, in order, `prefetch` of them ahead of the consumer in one thread.
+def _ahead(make: Callable[[S], T], parts: Iterator[S], prefetch: int) -> Generator[T, None, None]:
+    """`make(part)` for each part, in order, `prefetch` of them ahead of the consumer in one thread.
 
     An error comes out where its batch would have. Closing the generator ends the thread.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
     pending: deque[Future[T]] = deque()
     try:
-        for start in starts:
-            pending.append(pool.submit(make, start))
+        for part in parts:
+            pending.append(pool.submit(make, part))
             if len(pending) > prefetch:
                 yield pending.popleft().result()
         while pending:

@@ -173,6 +173,18 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
+def set_accumulation(engine: Any, micro_batches: int) -> None:
+    """Make a step of so many micro batches a rank, from the next one on. Between two steps only."""
+    if micro_batches == engine.gradient_accumulation_steps():
+        return
+    engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * dist.world_size())
+    # DeepSpeed ends a step where the count of all micro batches so far is a multiple of the new number.
+    engine.micro_steps = 0
+    # ZeRO's optimizers keep a copy, by which offload decides where it finds the gradients of the norm.
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        engine.optimizer.gradient_accumulation_steps = micro_batches
+
+
 def gather(engine: Any, parameter: nn.Parameter, kind: str) -> torch.Tensor:
     """The full fp32 tensor of `parameter`: its "weights", "exp_avg" or "exp_avg_sq". A collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

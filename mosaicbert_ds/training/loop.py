@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ import torch
 from mosaicbert_ds import dist
 from mosaicbert_ds.errors import TrainingError
 from mosaicbert_ds.training import engine as ds
+from mosaicbert_ds.training.course import Course, Step
 from mosaicbert_ds.training.faults import StopRequest
-from mosaicbert_ds.training.meter import Rates, Window, memory
-from mosaicbert_ds.training.optimizer import OptimizerConfig, ScheduleConfig
+from mosaicbert_ds.training.meter import Rates, Stopwatch, Window, memory
 from mosaicbert_ds.training.plan import BatchPlan, Count
 from mosaicbert_ds.training.progress import Progress, crosses, step_seed
 from mosaicbert_ds.training.saving import Saver
@@ -29,18 +28,6 @@ class EvaluationConfig:
     max_samples: Count = 20_000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Schedules:
-    """What changes over the run, as functions of the part of it that is done, in [0, 1]."""
-
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
-    mask_rate_at: Callable[[float], float]
-
-    def learning_rate(self, progress: float) -> float:
-        return self.optimizer.peak_lr * self.schedule.lr_factor_at(progress)
-
-
 def train_step(engine: Any, micro_batches: list[Any], lr: float, plan: BatchPlan, seed: int) -> torch.Tensor:
     """One optimizer step on a global batch, of which `micro_batches` is this rank's share.
 
@@ -49,10 +36,11 @@ def train_step(engine: Any, micro_batches: list[Any], lr: float, plan: BatchPlan
     """
     torch.manual_seed(seed)
     ds.set_learning_rate(engine, lr)
+    ds.set_accumulation(engine, len(micro_batches))
     num_masked = torch.full((), float(sum(batch.num_masked for batch in micro_batches)), device=dist.device())
     # The exact mean over the global batch: the engine divides by accumulation and averages over ranks.
     num_masked = dist.sum_over_ranks(num_masked).clamp(min=1)
-    scale = plan.gradient_accumulation_steps * plan.world_size / num_masked
+    scale = len(micro_batches) * plan.world_size / num_masked
     loss_sum, num_correct = torch.zeros((2,), device=dist.device())
     for batch in micro_batches:
         sums = engine(**batch.model_inputs())
@@ -91,7 +79,8 @@ def fit(
     *,
     progress: Progress,
     plan: BatchPlan,
-    schedules: Schedules,
+    course: Course,
+    steps: Iterator[Step],
     batches: Iterator[list[Any]],
     evaluation: EvaluationConfig,
     evaluation_batches: Callable[[], Iterable[Any]],
@@ -103,14 +92,15 @@ def fit(
     stop: StopRequest,
     seed: int,
 ) -> bool:
-    """Train from `progress` to the end of `plan`. Returns False if it was asked to stop before.
+    """Train from `progress` to the end of `course`, on `steps` of it and their `batches`. Returns False if
+    it was asked to stop before.
 
     telemetry: on the main rank only. Raises TrainingError when the loss is no longer finite.
     """
-    pending: list[tuple[int, int, torch.Tensor]] = []  # of each step since the last flush
-    window, started_s, elapsed_before_s = Window(), time.perf_counter(), progress.elapsed_s
+    pending: list[tuple[Step, int, torch.Tensor]] = []  # of each step since the last flush
+    window, clock, training = Window(), Stopwatch(progress.elapsed_s), Stopwatch(progress.training_s)
 
-    while progress.samples_seen < plan.total_samples:
+    for step in steps:
         # -- fetch
         waited_from_s = time.perf_counter()
         micro_batches = [batch.to(dist.device()) for batch in next(batches)]
@@ -118,34 +108,39 @@ def fit(
         dist.beat()
 
         # -- forward, backward, step
-        before, after = progress.samples_seen, progress.samples_seen + plan.global_batch_size
-        lr = schedules.learning_rate(after / plan.total_samples)
-        stats = train_step(engine, micro_batches, lr, plan, step_seed(seed, before, dist.rank()))
-        progress.step, progress.samples_seen = progress.step + 1, after
-        pending.append((after, sum(batch.num_tokens for batch in micro_batches), stats))
+        before, after = step.start, step.samples_seen
+        stats = train_step(
+            engine, micro_batches, step.learning_rate, plan, step_seed(seed, before, dist.rank())
+        )
+        progress.step, progress.samples_seen = step.number, after
+        pending.append((step, sum(batch.num_tokens for batch in micro_batches), stats))
         window.steps += 1
 
         # -- once in a while
-        is_last = after >= plan.total_samples
+        is_last = step.done >= 1
         save_is_due = is_last or saver.is_due(before, after)
         evaluation_is_due = is_last or crosses(before, after, evaluation.every_samples)
-        if not (save_is_due or evaluation_is_due or progress.step % log_every_steps == 0):
+        log_is_due = step.number % log_every_steps == 0 or course.wants_correction(step)
+        if not (save_is_due or evaluation_is_due or log_is_due):
             continue
-        stopping = _flush(pending, window, progress, plan, schedules, rates, telemetry, bool(stop))
-        if evaluation_is_due:
-            values = evaluate(engine, evaluation_batches())
-            if telemetry:
-                telemetry.scalars(after, values | {"evaluation/unigram_entropy": unigram_entropy})
-                telemetry.say(
-                    f"evaluation at {after:,} samples: loss {values['evaluation/loss']:.4f} "
-                    f"(unigram entropy {unigram_entropy:.4f}), "
-                    f"accuracy {values['evaluation/masked_accuracy']:.3f}"
-                )
-        progress.elapsed_s = elapsed_before_s + time.perf_counter() - started_s
-        if telemetry and (dollars := rates.dollars(progress.elapsed_s)) is not None:
-            telemetry.scalars(after, {"run/dollars": dollars, "run/hours": progress.elapsed_s / 3600})
-        if save_is_due or stopping:
-            saver.save(engine, progress, before, last=is_last)
+        stopping = _flush(pending, window, training, progress, rates, telemetry, bool(stop))
+        course.correct(step, progress.training_s)
+        progress.scheduled_s = 60 * (plan.minutes or 0) * step.done
+        with training.paused():
+            if evaluation_is_due:
+                values = evaluate(engine, evaluation_batches())
+                if telemetry:
+                    telemetry.scalars(step, values | {"evaluation/unigram_entropy": unigram_entropy})
+                    telemetry.say(
+                        f"evaluation at {after:,} samples: loss {values['evaluation/loss']:.4f} "
+                        f"(unigram entropy {unigram_entropy:.4f}), "
+                        f"accuracy {values['evaluation/masked_accuracy']:.3f}"
+                    )
+            progress.elapsed_s = clock.elapsed_s()
+            if telemetry and (dollars := rates.dollars(progress.elapsed_s)) is not None:
+                telemetry.scalars(step, {"run/dollars": dollars, "run/hours": progress.elapsed_s / 3600})
+            if save_is_due or stopping:
+                saver.save(engine, progress, before, last=is_last)
         if stopping and not is_last:
             return False
         window.restart()  # evaluation and the copy to the host are no part of the step's speed
@@ -153,31 +148,32 @@ def fit(
 
 
 def _flush(
-    pending: list[tuple[int, int, torch.Tensor]],
+    pending: list[tuple[Step, int, torch.Tensor]],
     window: Window,
+    training: Stopwatch,
     progress: Progress,
-    plan: BatchPlan,
-    schedules: Schedules,
     rates: Rates,
     telemetry: Telemetry | None,
     asked_to_stop: bool,
 ) -> bool:
     """Fetch the steps' numbers from the device, sum them over ranks, log them, empty `pending`.
 
-    Returns whether any rank was asked to stop. The only place where training waits for the device.
+    Returns whether any rank was asked to stop. The only place where training waits for the device, and
+    where all ranks learn the time of the main rank's clock.
     """
     stats = torch.stack([stats for _, _, stats in pending]).double()  # (steps, 4)
+    num_masked, grad_norms = stats[:, 2:].T.tolist()  # the device has done all of the steps now
+    training_s = training.elapsed_s() if dist.is_main() else 0.0
     tokens = torch.tensor([tokens for _, tokens, _ in pending], device=stats.device)
-    flag = torch.tensor([asked_to_stop], device=stats.device)
-    sums = dist.sum_over_ranks(torch.cat([stats[:, 0], stats[:, 1], tokens, flag]))  # (3 x steps + 1,)
-    loss_sums, num_correct, tokens_seen = sums[:-1].view(3, -1).tolist()
-    num_masked, grad_norms = stats[:, 2:].T.tolist()
-    steps = [samples for samples, _, _ in pending]
-    for index, samples_seen in enumerate(steps):
+    others = torch.tensor([training_s, asked_to_stop], dtype=torch.float64, device=stats.device)
+    sums = dist.sum_over_ranks(torch.cat([stats[:, 0], stats[:, 1], tokens, others]))  # (3 x steps + 2,)
+    loss_sums, num_correct, tokens_seen = sums[:-2].view(3, -1).tolist()
+    progress.training_s, stopping = sums[-2:].tolist()
+    for index, (step, _, _) in enumerate(pending):
         loss = loss_sums[index] / num_masked[index]
         if not math.isfinite(loss) or not math.isfinite(grad_norms[index]):
             raise TrainingError(
-                f"step {samples_seen // plan.global_batch_size}: loss {loss}, gradient norm "
+                f"step {step.number}: loss {loss}, gradient norm "
                 f"{grad_norms[index]}; the run stops here and its last checkpoint is whole; "
                 "lower optimizer.peak_lr or look at the data"
             )
@@ -186,20 +182,17 @@ def _flush(
                 "train/loss": loss,
                 "train/masked_accuracy": num_correct[index] / num_masked[index],
                 "train/grad_norm": grad_norms[index],
-                "schedule/learning_rate": schedules.learning_rate(samples_seen / plan.total_samples),
-                "schedule/mask_rate": schedules.mask_rate_at(
-                    (samples_seen - plan.global_batch_size) / plan.total_samples
-                ),
+                "schedule/learning_rate": step.learning_rate,
+                "schedule/mask_rate": step.mask_rate,
+                "schedule/global_batch": step.size,
             }
-            if samples_seen == steps[-1]:
-                values |= (
-                    window.speed(rates, len(pending) * plan.global_batch_size, int(sum(tokens_seen)))
-                    | memory()
-                )
-                telemetry.scalars(samples_seen, values)
-                telemetry.show_progress(samples_seen, values)
+            if index == len(pending) - 1:
+                samples = sum(step.size for step, _, _ in pending)
+                values |= window.speed(rates, samples, int(sum(tokens_seen))) | memory()
+                telemetry.scalars(step, values)
+                telemetry.show_progress(step, values)
             else:
-                telemetry.scalars(samples_seen, values)
+                telemetry.scalars(step, values)
     progress.tokens_seen += int(sum(tokens_seen))
     pending.clear()
-    return bool(sums[-1] > 0)
+    return bool(stopping > 0)

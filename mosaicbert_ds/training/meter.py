@@ -1,6 +1,8 @@
 """Numbers of a run: speed, utilisation, cost, from what the steps of one logging window counted."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +48,22 @@ class Rates:
         if self.usd_per_gpu_hour is None:
             return None
         return self.usd_per_gpu_hour * self.world_size * elapsed_s / 3600
+
+
+class Stopwatch:
+    """Seconds that go on from `elapsed_s`, but for pauses."""
+
+    def __init__(self, elapsed_s: float) -> None:
+        self._zero_s = time.perf_counter() - elapsed_s
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._zero_s
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        from_s = time.perf_counter()
+        yield
+        self._zero_s += time.perf_counter() - from_s
 
 
 class Window:

@@ -10,12 +10,14 @@ from typing import Any
 
 @dataclasses.dataclass
 class Progress:
-    """Counted in samples seen over all ranks; `elapsed_s` is wall-clock time of training so far."""
+    """Counted in samples seen over all ranks; seconds are wall-clock time of the main rank."""
 
     step: int = 0
     samples_seen: int = 0
     tokens_seen: int = 0
-    elapsed_s: float = 0.0
+    elapsed_s: float = 0.0  # all of the run so far
+    training_s: float = 0.0  # without evaluation and saving
+    scheduled_s: float = 0.0  # of a run of minutes: where in them its schedule stands
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -13,7 +13,9 @@ from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mosaicbert_ds.training.course import Step
 from mosaicbert_ds.training.plan import BatchPlan, Count
+from mosaicbert_ds.training.progress import Progress
 from mosaicbert_ds.typed_yaml import recipe_part
 
 # What the Custom Scalars page shows, in this order. (The Time Series page sorts tags by their first word
@@ -38,6 +40,7 @@ _DASHBOARD = {
     "Schedule": {
         "learning rate": ["Multiline", ["schedule/learning_rate"]],
         "mask rate": ["Multiline", ["schedule/mask_rate"]],
+        "global batch": ["Multiline", ["schedule/global_batch"]],
         "padding share": ["Multiline", ["speed/padding_share"]],
         "memory, GiB": ["Multiline", [r"memory/.*"]],
     },
@@ -53,12 +56,13 @@ class TelemetryConfig:
 
 
 class Telemetry:
-    """Writes scalars and tells the person at the terminal. `resumed_at`: samples seen at the start."""
+    """Writes scalars and tells the person at the terminal. `progress`: where it goes on from."""
 
-    def __init__(self, folder: Path, plan: BatchPlan, recipe_text: str, resumed_at: int) -> None:
-        self._plan = plan
-        self._resumed_at = resumed_at
+    def __init__(self, folder: Path, plan: BatchPlan, recipe_text: str, progress: Progress) -> None:
+        self._total_steps = plan.total_steps
+        self._done_before = plan.part_done(progress)
         self._started_s = time.perf_counter()
+        resumed_at = progress.samples_seen
         folder.mkdir(parents=True, exist_ok=True)
         self._lines = _open_after(folder / "metrics.jsonl", resumed_at)
         # purge_step hides what an interrupted run wrote beyond the step that this one goes on from.
@@ -69,7 +73,7 @@ class Telemetry:
         )
         self._bar = tqdm(
             total=plan.total_steps,
-            initial=resumed_at // plan.global_batch_size,
+            initial=progress.step,
             unit="step",
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
@@ -77,16 +81,15 @@ class Telemetry:
         board = f"tensorboard --logdir {folder / 'tensorboard'}"
         self.say(f"to watch: {board}, then open http://localhost:6006/#custom_scalars")
 
-    def scalars(self, samples_seen: int, values: dict[str, float]) -> None:
-        """Write `values` at the point `samples_seen` of the run, to TensorBoard and metrics.jsonl."""
+    def scalars(self, step: Step, values: dict[str, float]) -> None:
+        """Write `values` at the end of `step`, to TensorBoard and metrics.jsonl."""
         for tag, value in values.items():
-            self._board.add_scalar(tag, value, samples_seen)
-        step = samples_seen // self._plan.global_batch_size
-        self._lines.write(json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n")
+            self._board.add_scalar(tag, value, step.samples_seen)
+        place = {"step": step.number, "samples_seen": step.samples_seen}
+        self._lines.write(json.dumps(place | values) + "\n")
 
-    def show_progress(self, samples_seen: int, values: dict[str, float]) -> None:
+    def show_progress(self, step: Step, values: dict[str, float]) -> None:
         """One look at the run: the bar's end, or a plain line where there is no terminal."""
-        step, total = samples_seen // self._plan.global_batch_size, self._plan.total_steps
         facts = (
             f"loss {values['train/loss']:.4f}  accuracy {values['train/masked_accuracy']:.3f}  "
             f"lr {values['schedule/learning_rate']:.2e}  {values['speed/samples_per_s']:,.0f} samples/s"
@@ -94,9 +97,10 @@ class Telemetry:
         if "speed/mfu_real" in values:
             facts += f"  MFU {values['speed/mfu_real']:.1%}"
         self._bar.set_postfix_str(facts, refresh=False)
-        self._bar.update(step - self._bar.n)
+        self._bar.update(step.number - self._bar.n)
         if self._bar.disable:
-            self.say(f"step {step:,}/{total:,}  {facts}  ETA {_clock(self._remaining_s(samples_seen))}")
+            of = f"/{self._total_steps:,}" if self._total_steps else f" ({step.done:.1%})"
+            self.say(f"step {step.number:,}{of}  {facts}  ETA {_clock(self._remaining_s(step.done))}")
         self.flush()
 
     def say(self, line: str) -> None:
@@ -113,9 +117,9 @@ class Telemetry:
         self._board.close()
         self._lines.close()
 
-    def _remaining_s(self, samples_seen: int) -> float:
-        done = max(samples_seen - self._resumed_at, 1)
-        return (time.perf_counter() - self._started_s) * (self._plan.total_samples - samples_seen) / done
+    def _remaining_s(self, done: float) -> float:
+        spent_s = time.perf_counter() - self._started_s
+        return spent_s * (1 - done) / max(done - self._done_before, 1e-9)
 
 
 def _open_after(path: Path, samples_seen: int) -> Any:

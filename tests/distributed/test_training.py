@@ -5,6 +5,7 @@ One test starts its ranks once and runs all its cases inside: starting costs mor
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,94 @@ def test_the_loss_is_the_mean_over_the_global_batch_whatever_its_pieces(
         found = losses(tmp_path / f"{world_size}")
         worst = max(abs(found[step] - reference[step]) for step in reference)
         assert worst < 1e-5, (world_size, worst)  # order of fp32 sums; a mean of means is off by 1e-2
+
+
+RAMP = ["batch.ramp=[[0.0, 4], [0.25, 8]]", "model.hidden_dropout=0.0", "engine.precision=fp32"]
+
+
+def _ramp(recipe: Path, data: Path, folder: Path) -> None:
+    from mosaicbert_ds import dist
+
+    for stage in (*STAGES, "offload"):
+        arguments = (*RAMP, f"engine.deepspeed={stage}", "checkpoint.every_samples=12")
+        train(recipe, data, folder / stage, *arguments)
+        resumed = folder / f"{stage}-resumed"
+        if dist.is_main():
+            step = Path("checkpoints") / "step-00000003"
+            shutil.copytree(folder / stage / step, resumed / step)
+        dist.barrier()
+        train(recipe, data, resumed, *arguments)
+
+
+def test_a_batch_size_ramp_is_one_training_on_any_pieces_stage_and_restart(
+    recipe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Four steps of 4 and six of 8: an accumulation of 1, then 2. The restart is one step before it grows."""
+    run_on_ranks(_train, 1, recipe, corpus, [(tmp_path / "alone", [*RAMP, "batch.micro_batch_size=4"])])
+    run_on_ranks(_ramp, 2, recipe, corpus, tmp_path)
+    reference = losses(tmp_path / "alone")
+    assert list(reference) == list(range(1, 11))
+    for stage in (*STAGES, "offload"):
+        found = losses(tmp_path / stage)
+        worst = max(abs(found[step] - reference[step]) for step in reference)
+        assert worst < 1e-5, (stage, worst)
+        assert losses(tmp_path / f"{stage}-resumed") == {step: found[step] for step in range(4, 11)}, stage
+        last = Path("checkpoints") / "step-00000010"
+        whole, resumed = (
+            manifest_files(tmp_path / stage / last),
+            manifest_files(tmp_path / f"{stage}-resumed" / last),
+        )
+        for name in ("weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"):
+            assert whole[name] == resumed[name], stage
+        state = json.loads((tmp_path / stage / last / "state.json").read_text())
+        assert (state["adam_steps"], state["progress"]["samples_seen"]) == (10, 64)
+
+
+MINUTES = ["engine.precision=fp32", "duration.samples=null", "duration.minutes=0.1"]
+
+
+def _minutes(recipe: Path, data: Path, folder: Path) -> None:
+    from mosaicbert_ds import dist
+    from mosaicbert_ds.training import loop
+
+    evaluate = loop.evaluate
+
+    def slow(*args: Any) -> dict[str, float]:
+        time.sleep(0.5)
+        return evaluate(*args)
+
+    loop.evaluate = slow
+    arguments = (
+        *MINUTES,
+        "evaluation.every_samples=200",
+        "checkpoint.every_samples=80",
+        "checkpoint.keep_last=1000",
+    )
+    train(recipe, data, folder / "whole", *arguments)
+    if dist.is_main():
+        saved = sorted((folder / "whole" / "checkpoints").glob("step-*"))
+        middle = saved[len(saved) // 2]
+        shutil.copytree(middle, folder / "resumed" / "checkpoints" / middle.name)
+    dist.barrier()
+    train(recipe, data, folder / "resumed", *arguments)
+    train(recipe, data, folder / "resumed", *arguments)  # nothing is left to do
+
+
+def test_a_run_of_minutes_takes_them_also_in_two_parts_and_evaluation_is_not_counted(
+    recipe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run_on_ranks(_minutes, 2, recipe, corpus, tmp_path)
+    for run in ("whole", "resumed"):
+        newest = max((tmp_path / run / "checkpoints").glob("step-*"))
+        progress = json.loads((newest / "state.json").read_text())["progress"]
+        # The 6 seconds, on a machine that does other things too: at worst a stall of a second at the end.
+        assert progress["training_s"] == pytest.approx(6, abs=1)
+        assert progress["scheduled_s"] == 6
+        assert progress["elapsed_s"] > progress["training_s"] + 0.5
+        lines = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "train/loss" in line]
+        assert len({line["step"] for line in steps}) == len(steps) > 20
+        assert steps[-1]["step"] == progress["step"]
+        assert steps[-1]["schedule/learning_rate"] == pytest.approx(0.02 * 5e-3)
+        if run == "whole":
+            assert max(line["schedule/learning_rate"] for line in steps) == pytest.approx(5e-3, rel=0.2)

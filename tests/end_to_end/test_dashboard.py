@@ -1,6 +1,7 @@
 """TensorBoard, opened in a real browser, shows the dashboard; and the run's numbers survive restarts."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,10 @@ import pytest
 from browser import Browser, find_chromium
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mosaicbert_ds.training.course import Course, Schedules
+from mosaicbert_ds.training.optimizer import OptimizerConfig, ScheduleConfig
 from mosaicbert_ds.training.plan import BatchPlan
+from mosaicbert_ds.training.progress import Progress
 from mosaicbert_ds.training.telemetry import _DASHBOARD, Telemetry
 
 PLAN = BatchPlan(
@@ -36,6 +40,7 @@ def values_at(step: int) -> dict[str, float]:
         "train/grad_norm": 1 + 0.2 * math.sin(step),
         "schedule/learning_rate": 1e-3 * (1 - done),
         "schedule/mask_rate": 0.3 - 0.15 * done,
+        "schedule/global_batch": 32.0,
     }
     if step % 10 == 0:
         values |= {
@@ -61,10 +66,16 @@ def values_at(step: int) -> dict[str, float]:
     return values
 
 
-def write(run: Path, steps: range, resumed_at: int = 0) -> None:
-    telemetry = Telemetry(run, PLAN, "seed: 17\nmodel:\n  hidden_size: 128\n", resumed_at)
-    for step in steps:
-        telemetry.scalars(step * PLAN.global_batch_size, values_at(step))
+def write(run: Path, steps: range) -> None:
+    """The numbers of `steps`, of a run that goes on where they begin."""
+    size = PLAN.global_batch_size
+    schedules = Schedules(
+        optimizer=OptimizerConfig(), schedule=ScheduleConfig(), mask_rate_at=lambda done: 0.3
+    )
+    progress = Progress(step=steps[0] - 1, samples_seen=(steps[0] - 1) * size)
+    telemetry = Telemetry(run, PLAN, "seed: 17\nmodel:\n  hidden_size: 128\n", progress)
+    for step in itertools.islice(Course(PLAN, schedules, progress), len(steps)):
+        telemetry.scalars(step, values_at(step.number))
     telemetry.close()
 
 
@@ -161,7 +172,7 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(end: bytes, tmp_path: Pa
     write(tmp_path, range(1, 71))
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(end)
-    write(tmp_path, range(51, 101), resumed_at=50 * PLAN.global_batch_size)
+    write(tmp_path, range(51, 101))
     assert lines_of(tmp_path) == [
         {"step": step, "samples_seen": 32 * step, **values_at(step)} for step in range(1, 101)
     ]
@@ -172,7 +183,7 @@ def test_tensorboard_shows_a_resumed_run_as_one_curve(checkpoint: int, tmp_path:
     """Also that of a run that was killed before its first checkpoint, and started afresh."""
     write(tmp_path, range(1, 71))
     time.sleep(1.1)  # a file of events is named by the second and read in the order of the names
-    write(tmp_path, range(checkpoint + 1, 101), resumed_at=checkpoint * PLAN.global_batch_size)
+    write(tmp_path, range(checkpoint + 1, 101))
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     points = board.Scalars("train/loss")
     assert [point.step for point in points] == [32 * step for step in range(1, 101)]

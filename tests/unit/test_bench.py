@@ -18,7 +18,7 @@ from mosaicbert_ds.bench.report import Report, column
 from mosaicbert_ds.bench.step import IDLE, OF_OUR_FILES, OTHER, our_kernels, part_of, sort_kernels, split
 from mosaicbert_ds.bench.workload import lengths_like_c4, random_text
 from mosaicbert_ds.config import RunConfig, load_recipe
-from mosaicbert_ds.data.loader import Batch, pretraining_batches
+from mosaicbert_ds.data.loader import Batch, GlobalBatch, pretraining_batches
 from mosaicbert_ds.model import ModelConfig, build_pretraining_model, count_parameters
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -66,11 +66,12 @@ def _steps(recipe: RunConfig, lengths: list[int]) -> list[list[Batch]]:
     batches = pretraining_batches(
         *random_text(lengths, recipe.model.vocab_size, recipe.data),
         recipe.data,
-        recipe.masking,
+        [
+            GlobalBatch(start=start, size=size, mask_rate=recipe.masking.rate)
+            for start in range(0, len(lengths), size)
+        ],
         seed=0,
-        global_batch_size=size,
         micro_batch_size=micro,
-        num_samples_total=len(lengths),
         rank=0,
         world_size=1,
     )

@@ -103,10 +103,12 @@ TEXTS = {
     ("engine", "kernels"),
 }
 FLAGS = {("model", "activation_checkpointing"), ("engine", "cuda_graphs")}
-LISTS = {("optimizer", "betas"), ("checkpoint", "keep_at_samples")}
+LISTS = {("batch", "ramp"), ("optimizer", "betas"), ("checkpoint", "keep_at_samples")}
 NUMBERS = [path for path in LEAVES if path not in TEXTS | FLAGS | LISTS]
 NULLABLE = {
     ("batch", "gradient_accumulation_steps"),
+    ("duration", "samples"),
+    ("duration", "minutes"),
     ("masking", "final_rate"),
     ("telemetry", "usd_per_gpu_hour"),
 }
@@ -225,13 +227,14 @@ def test_nothing_is_no_value_where_one_is_needed(path: Any, folder: Path) -> Non
 @pytest.mark.parametrize("value", ["1", "1.5", "nonsense", "[]", "[1, 2, true]", "{a: 1}"])
 def test_words_flags_and_lists_are_checked(path: Any, value: str, folder: Path) -> None:
     if path == ("engine", "deepspeed") and value == "nonsense":  # a word, which names no file
-        with pytest.raises(ConfigError, match="'nonsense'; allowed are .*, offload, zero0, zero1, zero2, zero3"):
+        with pytest.raises(
+            ConfigError, match=r"'nonsense'; allowed are .*, offload, zero0, zero1, zero2, zero3"
+        ):
             read_ds_config(load_recipe("tiny", ["engine.deepspeed=nonsense"]).engine)
         return
-    if path == ("checkpoint", "keep_at_samples") and value == "[]":
-        assert (
-            load_recipe("mosaicbert-base", ["checkpoint.keep_at_samples=[]"]).checkpoint.keep_at_samples == ()
-        )
+    if value == "[]" and path in (("checkpoint", "keep_at_samples"), ("batch", "ramp")):
+        recipe = load_recipe("mosaicbert-base", [f"{'.'.join(path)}=[]"])
+        assert _at(to_tree(recipe), path) == []
         return
     _refused(path, value, folder)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mosaicbert_ds.config import RunConfig, load_recipe
 from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.training.course import Schedules
 from mosaicbert_ds.training.optimizer import OptimizerConfig, ScheduleConfig, build_optimizer
 from mosaicbert_ds.training.plan import BatchConfig, BatchPlan, DurationConfig, plan_batches
 from mosaicbert_ds.training.progress import crosses
@@ -119,8 +120,6 @@ def test_the_learning_rate_is_the_published_one(samples_seen: int, lr: float) ->
 
 def test_the_loop_counts_the_step_that_it_makes_as_done() -> None:
     """The first step has a rate above zero and the last one the final rate."""
-    from mosaicbert_ds.training.loop import Schedules
-
     recipe = load_recipe("tiny")
     rate = Schedules(
         optimizer=recipe.optimizer, schedule=recipe.schedule, mask_rate_at=recipe.masking.rate_at

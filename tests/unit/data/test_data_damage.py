@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from mosaicbert_ds.data.config import DataConfig, MaskingConfig
-from mosaicbert_ds.data.loader import pretraining_batches
+from mosaicbert_ds.data.config import DataConfig
+from mosaicbert_ds.data.loader import GlobalBatch, pretraining_batches
 from mosaicbert_ds.data.shards import ShardSet, fingerprint_of, open_shard, token_dtype, verify, write_shard
 from mosaicbert_ds.data.tokenizer import load_tokenizer, train_tokenizer
 from mosaicbert_ds.errors import DataError
@@ -117,14 +117,11 @@ def read_all(folder):
     tokenizer = load_tokenizer(folder / "tokenizer")
     data = DataConfig(max_length=32, documents="chunk")
     shards = ShardSet.open(folder, "train")
-    sizes = {
-        "global_batch_size": 16,
-        "micro_batch_size": 16,
-        "num_samples_total": shards.num_samples // 16 * 16,
-    }
-    for _ in pretraining_batches(
-        shards, tokenizer, data, MaskingConfig(), seed=1, rank=0, world_size=1, **sizes
-    ):
+    whole = [
+        GlobalBatch(start=start, size=16, mask_rate=0.3) for start in range(0, shards.num_samples - 15, 16)
+    ]
+    layout = {"micro_batch_size": 16, "rank": 0, "world_size": 1}
+    for _ in pretraining_batches(shards, tokenizer, data, whole, seed=1, **layout):
         pass
 
 

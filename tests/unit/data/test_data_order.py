@@ -1,5 +1,6 @@
 """Promises of the sampler, the masks and the loader: what a rank count or a restart must not change."""
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -9,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaicbert_ds.data.config import DataConfig, MaskingConfig
-from mosaicbert_ds.data.loader import evaluation_batches, micro_batch_slices, pretraining_batches, rounded_up
+from mosaicbert_ds.data.loader import (
+    GlobalBatch,
+    evaluation_batches,
+    micro_batch_slices,
+    pretraining_batches,
+    rounded_up,
+)
 from mosaicbert_ds.data.sampler import samples_at
 from mosaicbert_ds.data.shards import ShardSet
 from mosaicbert_ds.data.tokenizer import load_tokenizer
@@ -34,9 +41,14 @@ def tokenizer(prepared):
     return load_tokenizer(prepared / "tokenizer")
 
 
-def batches(shards, tokenizer, **layout):
+def batches(shards, tokenizer, *, global_batch_size, num_samples_total, start_sample=0, **layout):
+    rate_at, size = MaskingConfig(final_rate=0.15).rate_at, global_batch_size
+    stream = (
+        GlobalBatch(start=start, size=size, mask_rate=rate_at(start / num_samples_total))
+        for start in range(start_sample, num_samples_total, size)
+    )
     layout = {"seed": 17, "rank": 0, "world_size": 1, **layout}
-    return pretraining_batches(shards, tokenizer, DATA, MaskingConfig(final_rate=0.15), **layout)
+    return pretraining_batches(shards, tokenizer, DATA, stream, **layout)
 
 
 def contents(micro_batches):
@@ -201,30 +213,33 @@ def test_error_in_the_thread_reaches_the_consumer_in_its_place(train, tokenizer,
         next(stream)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"micro_batch_size": 3},
-            "global_batch_size 16 is not a multiple of micro_batch_size 3 x 2 ranks; use 18",
-        ),
-        ({"num_samples_total": 100}, "100 samples, is no multiple of global_batch_size 16; try 96"),
-        ({"start_sample": 8}, "the starting point, 8 samples"),
-    ],
-)
-def test_numbers_that_do_not_divide_are_refused_before_the_first_batch(train, tokenizer, change, message):
-    sizes = {"global_batch_size": 16, "micro_batch_size": 4, "num_samples_total": 160, "world_size": 2}
-    with pytest.raises(ConfigError, match=message):
-        batches(train, tokenizer, **sizes | change)
+def test_a_stream_of_batches_that_grow_is_the_same_stream(train, tokenizer):
+    """What is decided late, and how large, does not change which samples come, in which order."""
+    fixed = {"seed": 17, "rank": 0, "world_size": 1, "micro_batch_size": 4}
+    sizes, asked = [4, 4, 8, 16], []
+
+    def growing():
+        for k, size in enumerate(sizes):
+            asked.append(size)
+            yield GlobalBatch(start=sum(sizes[:k]), size=size, mask_rate=0.3)
+
+    stream = pretraining_batches(train, tokenizer, dataclasses.replace(DATA, prefetch=1), growing(), **fixed)
+    first = next(stream)
+    assert asked == [4, 4], "no further ahead than it must"
+    grown = [first, *stream]
+    assert [len(micro_batches) for micro_batches in grown] == [1, 1, 2, 4]
+    whole = [GlobalBatch(start=0, size=32, mask_rate=0.3)]
+    [at_once] = pretraining_batches(train, tokenizer, DATA, whole, **fixed)
+    assert contents([batch for step in grown for batch in step]) == contents(at_once)
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(train, tokenizer):
+    sizes = {"global_batch_size": 16, "micro_batch_size": 3, "num_samples_total": 160, "world_size": 2}
+    with pytest.raises(ConfigError, match="16 is not a multiple of micro_batch_size 3 x 2 ranks; use 18"):
+        next(batches(train, tokenizer, **sizes))
 
 
 def test_data_of_another_length_is_refused(train, tokenizer):
-    sizes = {
-        "global_batch_size": 8,
-        "micro_batch_size": 8,
-        "num_samples_total": 8,
-        "rank": 0,
-        "world_size": 1,
-    }
+    layout = {"seed": 1, "micro_batch_size": 8, "rank": 0, "world_size": 1}
     with pytest.raises(DataError, match="max_length 32, the recipe says 128"):
-        pretraining_batches(train, tokenizer, DataConfig(), MaskingConfig(), seed=1, **sizes)
+        pretraining_batches(train, tokenizer, DataConfig(), [], **layout)
