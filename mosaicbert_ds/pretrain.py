@@ -23,7 +23,7 @@ from mosaicbert_ds.model import build_pretraining_model, count_parameters
 from mosaicbert_ds.ops import choose_kernels
 from mosaicbert_ds.training import saving
 from mosaicbert_ds.training.course import Course, Schedules
-from mosaicbert_ds.training.ds_config import read_ds_config, resolve_ds_config
+from mosaicbert_ds.training.ds_config import check_optimizer, read_ds_config, resolve_ds_config
 from mosaicbert_ds.training.engine import build_engine, init_distributed
 from mosaicbert_ds.training.faults import EXIT_STOPPED, EXIT_USER_ERROR, StopRequest, show_stack_on_request
 from mosaicbert_ds.training.loop import fit
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = plan_batches(recipe.batch, recipe.duration, world_size)
     recipe = recipe.with_accumulation(plan.gradient_accumulation_steps)
     ds_config = resolve_ds_config(read_ds_config(recipe.engine), recipe.engine, plan)
+    check_optimizer(recipe.optimizer, recipe.engine, ds_config)
     if args.dry_run:
         print(describe(recipe, plan, ds_config))
         return 0

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000100/
         weights.safetensors        fp32, by parameter name, full shapes
-        exp_avg.safetensors        Adam's moments, likewise
+        exp_avg.safetensors        Adam's moments, likewise; Muon's momenta stand among the first
         exp_avg_sq.safetensors
         state.json                 progress, recipe, hashes of tokenizer and data
         manifest.json              size and sha256 of each file above; written last

@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.training.optimizer import OptimizerConfig
 from mosaicbert_ds.training.plan import BatchPlan
 from mosaicbert_ds.typed_yaml import from_tree, recipe_part
 
@@ -120,6 +121,30 @@ def resolve_ds_config(tree: dict[str, Any], config: EngineConfig, plan: BatchPla
         # DeepSpeed's own speedometer waits for the device around every micro batch.
         "timers": {"throughput": {"enabled": False}},
     }
+
+
+def holds_fp32_sums(ds_config: dict[str, Any]) -> bool:
+    """Whether every rank holds the summed gradient of all parameters in fp32, on its device.
+
+    At stage 1 this is DeepSpeed's BF16_Optimizer, taken for bf16 with fp32 sums and no offload.
+    """
+    zero = ds_config["zero_optimization"]
+    return zero.get("stage", 0) == 0 or (
+        zero["stage"] == 1
+        and ds_config["bf16"]["enabled"]
+        and ds_config["data_types"]["grad_accum_dtype"] == "fp32"
+        and not zero.get("offload_optimizer")
+    )
+
+
+def check_optimizer(optimizer: OptimizerConfig, engine: EngineConfig, ds_config: dict[str, Any]) -> None:
+    """Refuse Muon where ranks hold parts of the summed gradients only. Raises ConfigError."""
+    if optimizer.name == "muon" and not holds_fp32_sums(ds_config):
+        raise ConfigError(
+            f"optimizer.name is muon with engine.deepspeed {engine.deepspeed} and engine.precision "
+            f"{engine.precision}; Muon needs whole gradients on every rank: use engine.deepspeed=zero0, or "
+            "zero1 with engine.precision=bf16"
+        )
 
 
 def name_accelerator() -> None:

@@ -2,10 +2,12 @@
 out weights and moments.
 
 What a run's state is, whatever the ZeRO stage and the number of ranks: for every parameter name the
-fp32 weight and Adam's two moments, full shape (`gather`, `scatter`), and one count of Adam steps.
+fp32 weight and Adam's two moments or Muon's one, full shape (`gather`, `scatter`), and one count of Adam
+steps.
 """
 
 import datetime
+import functools
 import os
 import time
 import warnings
@@ -20,9 +22,10 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from mosaicbert_ds import dist
 from mosaicbert_ds.errors import ConfigError, TrainingError
-from mosaicbert_ds.training.ds_config import name_accelerator
+from mosaicbert_ds.training.ds_config import holds_fp32_sums, name_accelerator
 from mosaicbert_ds.training.micro_batch import MicroBatch
-from mosaicbert_ds.training.optimizer import OptimizerConfig, build_optimizer
+from mosaicbert_ds.training.muon import Muon, is_muons
+from mosaicbert_ds.training.optimizer import OptimizerConfig, apply_updates, build_optimizer, muon_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's first and second, by torch's names
 _RENDEZVOUS_TIMEOUT = datetime.timedelta(minutes=10)
@@ -94,12 +97,17 @@ def build_engine(
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     deepspeed_bf16 = ds_config["bf16"]["enabled"]
     model = model.to(dist.device(), torch.bfloat16 if deepspeed_bf16 else torch.float32)
-    base = build_optimizer(model.parameters(), optimizer)
+    matrices = {p: name for name, p in model.named_parameters() if is_muons(name, p)}
+    if optimizer.name == "adamw":
+        base = build_optimizer(model.parameters(), optimizer)
+    else:
+        others = [p for p in model.parameters() if p not in matrices]
+        base = build_optimizer(muon_groups(list(matrices), others, optimizer), optimizer)
     if units := getattr(model, "zero3_units", None):
         deepspeed.utils.set_z3_leaf_modules(model, units)
     stage = ds_config["zero_optimization"].get("stage", 0)
     module = Bf16Compute(model) if bf16 and not deepspeed_bf16 else model
-    if _holds_fp32_sums(ds_config):
+    if holds_fp32_sums(ds_config):
         record = cuda_graphs and dist.device().type == "cuda" and getattr(model, "is_recordable", False)
         module = MicroBatch(module, record)
     # DeepSpeed looks at each step's gradient norm on the host and skips the step where it is not finite, and
@@ -117,24 +125,14 @@ def build_engine(
     if stage == 0:
         base.register_step_pre_hook(_note_grad_norm)
     if isinstance(module, MicroBatch):
-        _sum_gradients_in_fp32(engine, module)
+        sums = _sum_gradients_in_fp32(engine, module)
+        if optimizer.name == "muon":
+            gradients = {matrix: sums[matrix] for matrix in matrices}
+            engine.muon = Muon(optimizer.muon.momentum, matrices, gradients)
+            base.register_step_pre_hook(functools.partial(_muon_step, engine.muon))
     for name, parameter in named_parameters(engine).items():
         scatter(engine, parameter, "weights", weights[name])
     return engine
-
-
-def _holds_fp32_sums(ds_config: dict[str, Any]) -> bool:
-    """Whether every rank holds the summed gradient of all parameters in fp32, on its device.
-
-    At stage 1 this is DeepSpeed's BF16_Optimizer, taken for bf16 with fp32 sums and no offload.
-    """
-    zero = ds_config["zero_optimization"]
-    return zero.get("stage", 0) == 0 or (
-        zero["stage"] == 1
-        and ds_config["bf16"]["enabled"]
-        and ds_config["data_types"]["grad_accum_dtype"] == "fp32"
-        and not zero.get("offload_optimizer")
-    )
 
 
 def named_parameters(engine: Any) -> dict[str, nn.Parameter]:
@@ -145,8 +143,11 @@ def named_parameters(engine: Any) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters())
 
 
-def _sum_gradients_in_fp32(engine: Any, micro_batch: MicroBatch) -> None:
-    """Tell `micro_batch` where DeepSpeed keeps the summed gradients, and DeepSpeed that they are there."""
+def _sum_gradients_in_fp32(engine: Any, micro_batch: MicroBatch) -> dict[nn.Parameter, torch.Tensor]:
+    """Tell `micro_batch` where DeepSpeed keeps the summed gradients, and DeepSpeed that they are there.
+
+    Returns them by parameter, in the parameters' shapes.
+    """
     optimizer, parameters = engine.optimizer, dict(micro_batch.module.named_parameters())
     if engine.zero_optimization_stage() == 0:
         sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -159,18 +160,20 @@ def _sum_gradients_in_fp32(engine: Any, micro_batch: MicroBatch) -> None:
 
         micro_batch.register_forward_pre_hook(attach)
     else:
-        (group,), (flat_sums,) = optimizer.bf16_groups, optimizer.fp32_groups_gradients
-        sum_of = dict(zip(group, flat_sums, strict=True))
+        groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+        sum_of = {parameter: flat for pair in groups for parameter, flat in zip(*pair, strict=True)}
         sums = {name: sum_of[parameter].view_as(parameter) for name, parameter in parameters.items()}
-        # For the norm: one flat tensor, always there, not a list of those that DeepSpeed filled itself.
+        # For the norm: a flat tensor a group, always there, not a list of those that DeepSpeed filled itself.
         flat = optimizer.fp32_groups_actual_gradients_flat
         optimizer.get_grads_for_norm = lambda for_clipping=False: flat if for_clipping else (flat, {})
     micro_batch.sum_into(sums, in_kernels=not isinstance(micro_batch.module, Bf16Compute))
+    return {parameter: sums[name] for name, parameter in parameters.items()}
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
+    """AdamW's; Muon's is a fixed multiple of it."""
     for group in engine.basic_optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
 def set_accumulation(engine: Any, micro_batches: int) -> None:
@@ -185,10 +188,22 @@ def set_accumulation(engine: Any, micro_batches: int) -> None:
         engine.optimizer.gradient_accumulation_steps = micro_batches
 
 
+def moments(engine: Any, parameter: nn.Parameter) -> tuple[str, ...]:
+    """The kinds of moments that there are of `parameter`: Muon's matrices have the first alone."""
+    return MOMENTS[:1] if parameter in _momenta(engine) else MOMENTS
+
+
+def _momenta(engine: Any) -> dict[nn.Parameter, torch.Tensor]:
+    """Muon's, full shape on every rank, by parameter; none without Muon."""
+    return engine.muon.momenta if hasattr(engine, "muon") else {}
+
+
 def gather(engine: Any, parameter: nn.Parameter, kind: str) -> torch.Tensor:
     """The full fp32 tensor of `parameter`: its "weights", "exp_avg" or "exp_avg_sq". A collective."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    if kind != "weights" and parameter in _momenta(engine):
+        return _momenta(engine)[parameter]
     if engine.zero_optimization_stage() == 0:
         return parameter.detach() if kind == "weights" else engine.basic_optimizer.state[parameter][kind]
     full = (
@@ -212,7 +227,9 @@ def scatter(engine: Any, parameter: nn.Parameter, kind: str, value: torch.Tensor
 
     value = value.to(dist.device())
     stage = engine.zero_optimization_stage()
-    if stage == 0:
+    if kind != "weights" and parameter in _momenta(engine):
+        _momenta(engine)[parameter].copy_(value)
+    elif stage == 0:
         (parameter if kind == "weights" else engine.basic_optimizer.state[parameter][kind]).copy_(value)
     elif stage == 3:
         # Stage 3 pads a parameter to equal parts; DeepSpeed's full setter does not, and fails there.
@@ -235,7 +252,8 @@ def create_moments(engine: Any, adam_steps: int) -> None:
     if engine.zero_optimization_stage() == 3:
         parts = optimizer.fp32_partitioned_groups_flat
     else:
-        parts = [part for group in base.param_groups for part in group["params"]]
+        groups = [group for group in base.param_groups if not group.get("is_muons")]
+        parts = [part for group in groups for part in group["params"]]
     for part in parts:
         base.state[part] = {
             "step": torch.tensor(float(adam_steps), device=part.device),
@@ -247,9 +265,15 @@ def create_moments(engine: Any, adam_steps: int) -> None:
 
 def adam_steps(engine: Any) -> int:
     """Steps that Adam counts on this rank: what its bias correction uses. Waits for the device."""
-    counts = {int(state["step"]) for state in engine.basic_optimizer.state.values()}
+    counts = {int(state["step"]) for state in engine.basic_optimizer.state.values() if state}
     assert len(counts) == 1, f"Adam's step counts differ: {counts}"
     return counts.pop()
+
+
+def _muon_step(muon: Muon, optimizer: Any, args: Any, kwargs: Any) -> None:
+    """Before AdamW's step on the others; at stage 1 the group holds one weight, this rank's part of all."""
+    muon.gradients_to_updates()
+    apply_updates(next(group for group in optimizer.param_groups if group["is_muons"]))
 
 
 def _note_grad_norm(optimizer: Any, args: Any, kwargs: Any) -> None:

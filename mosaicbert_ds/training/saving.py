@@ -38,7 +38,7 @@ class Saver:
         """
         tensors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in disk.KINDS}
         for name, parameter in ds.named_parameters(engine).items():
-            for kind in disk.KINDS:
+            for kind in ("weights", *ds.moments(engine, parameter)):
                 full = ds.gather(engine, parameter, kind)
                 if dist.is_main():  # a copy even on CPUs: the next step writes into these tensors
                     tensors[kind][name] = full.to("cpu", copy=True)
@@ -98,6 +98,12 @@ def check_fits(checkpoint: disk.Checkpoint, facts: dict[str, Any]) -> list[str]:
         raise CheckpointError(
             f"{checkpoint.path} is of another model: {', '.join(fatal)}; change --recipe or --out"
         )
+    optimizers = [facts["recipe"]["optimizer"].get("name", "adamw") for facts in (theirs, ours)]
+    if optimizers[0] != optimizers[1]:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with optimizer.name={optimizers[0]}, now {optimizers[1]}: their "
+            "moments differ; go on with the former, or start a new run with another --out"
+        )
     for key, meaning in (("data_fingerprint", "shards"), ("tokenizer_sha256", "tokenizer"), ("seed", "seed")):
         if theirs[key] != ours[key]:
             raise CheckpointError(
@@ -117,11 +123,11 @@ def load_weights(model: nn.Module, checkpoint: disk.Checkpoint | None) -> None:
 
 
 def load_moments(engine: Any, checkpoint: disk.Checkpoint | None) -> None:
-    """Fill Adam's moments and step count from the main rank's checkpoint, on all ranks."""
+    """Fill the optimizer's moments and Adam's step count from the main rank's checkpoint, on all ranks."""
     ds.create_moments(engine, dist.on_main(lambda: checkpoint.state["adam_steps"] if checkpoint else None))
     shapes = dist.on_main(lambda: _shapes(checkpoint))
     for name, parameter in ds.named_parameters(engine).items():
-        for kind in ds.MOMENTS:
+        for kind in ds.moments(engine, parameter):
             ds.scatter(engine, parameter, kind, _broadcast(checkpoint, kind, name, shapes[name]))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import run_on_ranks
+from safetensors.torch import load_file
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (*STAGES, "offload")]
@@ -250,3 +251,62 @@ def test_a_run_of_minutes_takes_them_also_in_two_parts_and_evaluation_is_not_cou
         assert steps[-1]["schedule/learning_rate"] == pytest.approx(0.02 * 5e-3)
         if run == "whole":
             assert max(line["schedule/learning_rate"] for line in steps) == pytest.approx(5e-3, rel=0.2)
+
+
+MUON = ["optimizer.name=muon", "optimizer.muon.peak_lr=0.02"]
+MUON_CASES = [("zero0", "fp32"), ("zero0", "bf16"), ("zero1", "bf16")]
+
+
+def _muon(recipe: Path, data: Path, folder: Path, start: Path | None) -> None:
+    """Every case from its beginning, and again from its step 4 or from `start`."""
+    from mosaicbert_ds import dist
+
+    for stage, precision in MUON_CASES:
+        arguments = (*MUON, f"engine.deepspeed={stage}", f"engine.precision={precision}")
+        whole, resumed = folder / f"{stage}-{precision}", folder / f"{stage}-{precision}-resumed"
+        if start is None:
+            train(recipe, data, whole, *arguments)
+        if dist.is_main():
+            step = Path("checkpoints") / "step-00000004"
+            shutil.copytree(start or whole / step, resumed / step)
+        dist.barrier()
+        train(recipe, data, resumed, *arguments)
+
+
+def test_muon_resumes_bit_for_bit_on_zero_0_and_1_which_agree_and_on_another_number_of_ranks(
+    recipe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run_on_ranks(_muon, 2, recipe, corpus, tmp_path, None)
+    step, last = Path("checkpoints") / "step-00000004", Path("checkpoints") / "step-00000008"
+    for stage, precision in MUON_CASES:
+        whole, resumed = tmp_path / f"{stage}-{precision}", tmp_path / f"{stage}-{precision}-resumed"
+        expected = losses(whole)
+        assert losses(resumed) == {step: expected[step] for step in range(5, 9)}, (stage, precision)
+        for kind in ("weights", "exp_avg", "exp_avg_sq"):
+            name = f"{kind}.safetensors"
+            assert manifest_files(whole / last)[name] == manifest_files(resumed / last)[name], (stage, kind)
+        worst = max(abs(loss - losses(tmp_path / "zero0-fp32")[at]) for at, loss in expected.items())
+        assert worst < (1e-3 if stage == "zero1" else 5e-3), (stage, precision, worst)
+    assert expected[8] < expected[1] - 0.1
+    weights, first, second = (
+        set(load_file(tmp_path / "zero1-bf16" / last / f"{kind}.safetensors"))
+        for kind in ("weights", "exp_avg", "exp_avg_sq")
+    )
+    assert weights == first and len(weights - second) == 8, (
+        "two layers of four matrices have no second moment"
+    )
+    start = tmp_path / "zero1-bf16" / step
+    for world_size in (1, 4):  # dropout, which each rank draws for itself, makes it another training
+        run_on_ranks(_muon, world_size, recipe, corpus, tmp_path / str(world_size), start)
+        for stage, precision in MUON_CASES:
+            found = losses(tmp_path / str(world_size) / f"{stage}-{precision}-resumed")
+            assert max(abs(loss - expected[at]) for at, loss in found.items()) < 0.1, (world_size, stage)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(recipe: Path, corpus: Path, tmp_path: Path) -> None:
+    run_on_ranks(
+        _train, 1, recipe, corpus, [(tmp_path / "run", ["engine.precision=fp32", "duration.samples=32"])]
+    )
+    changed = ["engine.precision=fp32", "engine.deepspeed=zero0", "optimizer.name=muon"]
+    with pytest.raises(AssertionError, match=r"trained with optimizer.name=adamw, now muon"):
+        run_on_ranks(_train, 1, recipe, corpus, [(tmp_path / "run", changed)])

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -135,23 +136,61 @@ def test_the_loop_counts_the_step_that_it_makes_as_done() -> None:
 
 @settings(max_examples=300, deadline=None, database=None)
 @given(
+    shape=st.sampled_from(["linear", "cosine", "wsd"]),
     warmup=st.floats(0, 1),
+    decay=st.floats(0, 1),
     final=st.floats(0, 1),
     progress=st.floats(0, 1, exclude_min=True),
     step=st.floats(0, 1),
 )
-@example(warmup=0.0, final=0.0, progress=1.0, step=0.0)
-@example(warmup=1.0, final=0.0, progress=1.0, step=0.5)
+@example(shape="linear", warmup=0.0, decay=0.0, final=0.0, progress=1.0, step=0.0)
+@example(shape="linear", warmup=1.0, decay=0.0, final=0.0, progress=1.0, step=0.5)
+@example(shape="cosine", warmup=1.0, decay=0.0, final=0.0, progress=1.0, step=0.5)
+@example(shape="wsd", warmup=0.5, decay=0.5, final=0.0, progress=0.5, step=0.5)
 def test_the_rate_rises_then_falls_between_its_ends(
-    warmup: float, final: float, progress: float, step: float
+    shape: Any, warmup: float, decay: float, final: float, progress: float, step: float
 ) -> None:
-    schedule = ScheduleConfig(warmup=warmup, final_lr_fraction=final)
+    schedule = ScheduleConfig(
+        shape=shape,
+        warmup=warmup,
+        decay=min(decay, 1 - warmup) if shape == "wsd" else None,
+        final_lr_fraction=final,
+    )
     now, later = schedule.lr_factor_at(progress), schedule.lr_factor_at(progress + step * (1 - progress))
     assert 0 <= now <= 1
     if progress >= warmup:
         assert final - 1e-12 <= later <= now + 1e-12
     elif progress + step * (1 - progress) <= warmup:
         assert later >= now - 1e-12
+    if warmup < 1 and (schedule.decay is None or schedule.decay > 1e-9):
+        assert schedule.lr_factor_at(1.0) == pytest.approx(final, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "points"),
+    [
+        (
+            ScheduleConfig(shape="cosine", warmup=0.1, final_lr_fraction=0.1),
+            {0.05: 0.5, 0.1: 1.0, 0.325: 0.1 + 0.9 * (1 + 0.5**0.5) / 2, 0.55: 0.55, 1.0: 0.1},
+        ),
+        (
+            ScheduleConfig(shape="wsd", warmup=0.1, decay=0.2, final_lr_fraction=0.0),
+            {0.05: 0.5, 0.1: 1.0, 0.5: 1.0, 0.8: 1.0, 0.9: 0.5, 0.95: 0.25, 1.0: 0.0},
+        ),
+    ],
+    ids=["cosine", "wsd"],
+)
+def test_cosine_and_wsd_go_through_their_points(schedule: ScheduleConfig, points: dict[float, float]) -> None:
+    assert {at: schedule.lr_factor_at(at) for at in points} == pytest.approx(points, abs=1e-12)
+
+
+def test_a_decay_goes_with_wsd_and_with_no_other_shape() -> None:
+    with pytest.raises(ValueError, match=r"decay is null with schedule.shape wsd; give the part of the run"):
+        ScheduleConfig(shape="wsd")
+    with pytest.raises(ValueError, match=r"decay is 0.2 with schedule.shape linear; .* null with the others"):
+        ScheduleConfig(decay=0.2)
+    with pytest.raises(ValueError, match=r"warmup 0.5 and schedule.decay 0.6 are more than the run"):
+        ScheduleConfig(shape="wsd", warmup=0.5, decay=0.6)
 
 
 # -- weight decay
