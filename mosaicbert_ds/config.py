@@ -94,10 +94,15 @@ def describe(config: RunConfig, plan: BatchPlan, ds_config: dict[str, Any]) -> s
         + (f"  global batch {plan.batch_size_at(done, 0):,}" if plan.ramp else "")
         for done in points
     )
+    notes = ""
+    if config.optimizer.name == "muon":
+        notes += f"\nMuon on the hidden layers' matrices: peak {config.optimizer.muon.peak_lr:g}"
+    if plan.minutes is not None:
+        notes += "\nsteps follow from the speed: the schedule goes by the main rank's clock, and ends in time"
     return f"""# resolved recipe
 {config.to_yaml()}
 # derived
-parameters: {count_parameters(config.model):,}
+parameters: {count_parameters(config.model):,}{notes}
 AdamW-equivalent weight decay: {decay}
 batch: {plan}
 mask rate: {config.masking.rate_at(0.0):g} at the start, {config.masking.rate_at(1.0):g} at the end

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosaicbert_ds.config import RunConfig, load_recipe, shipped_recipes
+from mosaicbert_ds.config import RunConfig, describe, load_recipe, shipped_recipes
 from mosaicbert_ds.data.config import EVALUATION_MASK_RATE
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.model import count_parameters
@@ -82,6 +82,31 @@ def test_a_recipe_survives_being_written_and_read(name: str, tmp_path: Path) -> 
     assert load_recipe(str(tmp_path / "again.yaml")) == recipe
 
 
+@pytest.mark.parametrize("name", ["mosaicbert-base-short", "bert-base-short"])
+def test_a_short_recipe_is_the_base_model_in_minutes_with_a_mask_rate_of_30_percent(name: str) -> None:
+    recipe, base = load_recipe(name), load_recipe(name.removesuffix("-short"))
+    assert (recipe.model, recipe.data, recipe.engine) == (base.model, base.data, base.engine)
+    assert (recipe.masking.rate, recipe.masking.final_rate) == (0.30, None)
+    assert (recipe.duration.minutes, recipe.duration.samples) == (20, None)
+    assert recipe.batch.ramp == ((0.0, 256), (0.1, 1024))
+    assert dataclasses.replace(recipe, model=base.model) == dataclasses.replace(
+        load_recipe("mosaicbert-base-short"), model=base.model
+    ), "the baseline differs in the model alone"
+
+
+def test_a_dry_run_says_what_a_run_of_minutes_will_do() -> None:
+    recipe = load_recipe("mosaicbert-base-short", ["optimizer.name=muon"])
+    plan = plan_batches(recipe.batch, recipe.duration, world_size=1)
+    text = describe(recipe, plan, {})
+    assert "accumulation 4 x 1 rank(s) (ramp: 256 from 0%, 1,024 from 10% of the run); 20 minutes of" in text
+    assert "evaluation and saving do not count" in text
+    assert "steps follow from the speed: the schedule goes by the main rank's clock" in text
+    assert "0.00 minutes  0.000e+00  global batch 256\n" in text
+    assert "17.78 minutes  2.822e-04  global batch 1,024\n" in text
+    assert "20.00 minutes  1.000e-05  global batch 1,024\n" in text
+    assert "Muon on the hidden layers' matrices: peak 0.002" in text
+
+
 # -- what is refused: in a file and as an override, at every key of the tree
 
 
@@ -101,6 +126,8 @@ TEXTS = {
     ("engine", "deepspeed"),
     ("engine", "precision"),
     ("engine", "kernels"),
+    ("optimizer", "name"),
+    ("schedule", "shape"),
 }
 FLAGS = {("model", "activation_checkpointing"), ("engine", "cuda_graphs")}
 LISTS = {("batch", "ramp"), ("optimizer", "betas"), ("checkpoint", "keep_at_samples")}
@@ -110,6 +137,7 @@ NULLABLE = {
     ("duration", "samples"),
     ("duration", "minutes"),
     ("masking", "final_rate"),
+    ("schedule", "decay"),
     ("telemetry", "usd_per_gpu_hour"),
 }
 
