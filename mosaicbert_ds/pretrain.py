@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = plan_batches(recipe.batch, recipe.duration, world_size)
     recipe = recipe.with_accumulation(plan.gradient_accumulation_steps)
     ds_config = resolve_ds_config(read_ds_config(recipe.engine), recipe.engine, plan)
-    check_optimizer(recipe.optimizer, recipe.engine, ds_config)
+    check_optimizer(recipe.optimizer, ds_config)
     if args.dry_run:
         print(describe(recipe, plan, ds_config))
         return 0

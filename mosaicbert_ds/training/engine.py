@@ -22,7 +22,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from mosaicbert_ds import dist
 from mosaicbert_ds.errors import ConfigError, TrainingError
-from mosaicbert_ds.training.ds_config import holds_fp32_sums, name_accelerator
+from mosaicbert_ds.training.ds_config import check_optimizer, holds_fp32_sums, name_accelerator
 from mosaicbert_ds.training.micro_batch import MicroBatch
 from mosaicbert_ds.training.muon import Muon, is_muons
 from mosaicbert_ds.training.optimizer import OptimizerConfig, apply_updates, build_optimizer, muon_groups
@@ -90,10 +90,12 @@ def build_engine(
 
     DeepSpeed builds its fp32 master weights from the bf16 module. They are written again from the
     original weights, so that every stage starts, and every resumed run goes on, from the same bits.
+    Raises ConfigError for what DeepSpeed refuses, and for Muon where it cannot work.
     """
     import deepspeed
     from deepspeed.runtime import bf16_optimizer
 
+    check_optimizer(optimizer, ds_config)
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     deepspeed_bf16 = ds_config["bf16"]["enabled"]
     model = model.to(dist.device(), torch.bfloat16 if deepspeed_bf16 else torch.float32)

@@ -111,9 +111,9 @@ def test_muon_where_ranks_hold_parts_of_the_gradients_is_refused(
     plan = plan_batches(recipe.batch, recipe.duration, 1)
     ds_config = resolve_ds_config(read_ds_config(recipe.engine), recipe.engine, plan)
     if fits:
-        check_optimizer(recipe.optimizer, recipe.engine, ds_config)
+        check_optimizer(recipe.optimizer, ds_config)
     else:
         with pytest.raises(
             ConfigError, match=r"Muon needs whole gradients .* use engine.deepspeed=zero0, or"
         ):
-            check_optimizer(recipe.optimizer, recipe.engine, ds_config)
+            check_optimizer(recipe.optimizer, ds_config)
