@@ -142,8 +142,8 @@ def check_optimizer(optimizer: OptimizerConfig, ds_config: dict[str, Any]) -> No
     if optimizer.name == "muon" and not holds_fp32_sums(ds_config):
         precision = "bf16" if ds_config["bf16"]["enabled"] else "fp32"
         raise ConfigError(
-            f"optimizer.name is muon at ZeRO stage {zero_stage(ds_config)} in {precision}; Muon needs whole gradients "
-            "on every rank: use engine.deepspeed=zero0, or zero1 with engine.precision=bf16"
+            f"optimizer.name is muon at ZeRO stage {zero_stage(ds_config)} in {precision}; Muon needs whole "
+            "gradients on every rank: use engine.deepspeed=zero0, or zero1 with engine.precision=bf16"
         )
 
 
