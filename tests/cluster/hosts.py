@@ -151,7 +151,7 @@ class Hosts:
             device = ["dev", "eth0", "root"]
             subprocess.run(self.on(name, "tc", "qdisc", "del", *device), capture_output=True)
             if mbit_per_s:
-                shape = ["tbf", "rate", f"{mbit_per_s}mbit", "burst", "16kb", "latency", "400ms"]
+                shape = ["tbf", "rate", f"{mbit_per_s}mbit", "burst", "128kb", "latency", "4s"]
                 run(*self.on(name, "tc", "qdisc", "add", *device, *shape))
 
     def sent_bytes(self, name: str) -> int:
