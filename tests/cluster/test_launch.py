@@ -1,6 +1,6 @@
 """`mosaicbert launch` on several hosts: what reaches them, what ends them, and that nothing is left.
 
-The ranks here are small scripts; `test_training.py` trains for real.
+The ranks here are small scripts; `test_training_over_hosts.py` trains for real.
 """
 
 import json

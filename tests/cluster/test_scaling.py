@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hosts import REPO, Hosts
-from test_training import launch, read_metrics
+from test_training_over_hosts import launch, read_metrics
 
 from mosaicbert_ds.cluster.network import Link, Network, exposed_s, transfers_of_a_step
 from mosaicbert_ds.config import load_recipe

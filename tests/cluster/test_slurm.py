@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hosts import BIN, REPO, Hosts
-from test_training import STEPS, assert_same, command, expected, losses
+from test_training_over_hosts import STEPS, assert_same, command, expected, losses
 
 __all__ = ["expected"]  # the fixture
 pytestmark = pytest.mark.hosts
