@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mosaicbert_ds.errors import ConfigError
-from mosaicbert_ds.training.run_folder import _commit as commit_of_checkout
+from mosaicbert_ds.training.run_folder import commit_of_checkout
 from mosaicbert_ds.training.run_folder import versions
 
 WARM_UP, REPEATS = 5, 20

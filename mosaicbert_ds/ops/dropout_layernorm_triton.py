@@ -49,14 +49,14 @@ def _sum_of(
 def _layer_norm_forward(
     x, x_bias, residual, weight, bias, out, mean_out, rstd_out, seed, num_rows, eps,
     width: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < width
     scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
     offset = tl.load(bias + column, inside, other=0.0).to(tl.float32)
     shift = tl.load(x_bias + column, inside, other=0.0).to(tl.float32)
-    for first in tl.range(tl.program_id(0) * ROWS, num_rows, PROGRAMS * ROWS, num_stages=STAGES):
+    for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < num_rows) & inside
         h, _ = _sum_of(x, shift, residual, seed, row, column, mask, width, THRESHOLD, ROWS, COLUMNS)
@@ -74,7 +74,7 @@ def _layer_norm_forward(
 def _layer_norm_backward(
     x, x_bias, residual, weight, d_out, mean_in, rstd_in, d_x, d_residual, partial, seed, num_rows,
     width: tl.constexpr, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    PROGRAMS: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     column = tl.arange(0, COLUMNS)[None, :]
@@ -84,7 +84,7 @@ def _layer_norm_backward(
     d_weight = tl.zeros([ROWS, COLUMNS], tl.float32)
     d_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
     d_x_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in tl.range(program * ROWS, num_rows, PROGRAMS * ROWS, num_stages=STAGES):
+    for first in tl.range(program * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < num_rows) & inside
         place = row.to(tl.int64) * width + column
@@ -105,7 +105,7 @@ def _layer_norm_backward(
         d_bias += dy
         d_x_bias += dh
     column = tl.arange(0, COLUMNS)
-    target = partial + program * 3 * width + column  # partial: (PROGRAMS, 3, width)
+    target = partial + program * 3 * width + column  # partial: (programs, 3, width)
     tl.store(target, tl.sum(d_weight, axis=0), column < width)
     tl.store(target + width, tl.sum(d_bias, axis=0), column < width)
     tl.store(target + 2 * width, tl.sum(d_x_bias, axis=0), column < width)
@@ -126,7 +126,7 @@ def layer_norm_forward(
         _layer_norm_forward[(programs,)](
             x, x_bias, residual, weight, bias, out, mean, rstd, seed, num_rows, eps,
             width, drop_threshold(dropout_p), ROWS, triton.next_power_of_2(max(width, 8)),
-            programs, FORWARD_STAGES, num_warps=WARPS,
+            FORWARD_STAGES, num_warps=WARPS,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -147,7 +147,7 @@ def layer_norm_backward(
     _layer_norm_backward[(programs,)](
         x, x_bias, residual, weight, d_out, mean, rstd, d_x, d_residual, partial, seed, num_rows,
         width, threshold, ROWS, triton.next_power_of_2(max(width, 8)),
-        programs, BACKWARD_STAGES, num_warps=WARPS,
+        BACKWARD_STAGES, num_warps=WARPS,
     )  # fmt: skip
     return d_x, d_residual, partial.sum(0)
 

@@ -55,7 +55,7 @@ def _this_launch() -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "arguments": sys.argv[1:],
-        "commit": _commit(),
+        "commit": commit_of_checkout(),
         "versions": versions(),
         "python": platform.python_version(),
         "host": platform.node(),
@@ -66,7 +66,7 @@ def _this_launch() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
+def commit_of_checkout() -> str | None:
     """The checkout's commit, with `+changes` where files differ from it; None outside a checkout."""
     package = Path(__file__).parent
     try:
