@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mosaicbert_ds.errors import ConfigError
-from mosaicbert_ds.training.run_folder import commit_of_checkout
-from mosaicbert_ds.training.run_folder import versions
+from mosaicbert_ds.training.run_folder import commit_of_checkout, versions
 
 WARM_UP, REPEATS = 5, 20
 
