@@ -71,11 +71,13 @@ class Slurm:
     def wait_until(self, condition: Callable[[], bool], limit_s: float = 300) -> None:
         deadline = time.monotonic() + limit_s
         while not condition():
-            assert time.monotonic() < deadline, self.log()[-4000:]
+            assert time.monotonic() < deadline, self.log()
             time.sleep(0.2)
 
     def log(self) -> str:
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+        """The end of each daemon's log, and then the job's."""
+        daemons = [path.read_text()[-3000:] for path in sorted(self.folder.glob("slurm*.log"))]
+        return "\n".join([*daemons, *(path.read_text() for path in self.folder.glob("job*.log"))])
 
     def facts(self, job: str) -> dict[str, str]:
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", job)))
@@ -109,6 +111,7 @@ def test_the_batch_script_trains_saves_when_asked_is_queued_again_and_goes_on(
     slurm.wait_until(lambda: slurm.facts(job)["Restarts"] == "1")
     assert "stopped on request" in slurm.log()
     slurm.wait_until(lambda: slurm.facts(job)["JobState"] == "PENDING")
+    time.sleep(2)  # a credential made in the second in which the last one was revoked counts as revoked too
     slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes otherwise
     slurm.wait_until(lambda: max(losses(seen), default=0) >= 10)
     hosts.kill("node1", "pretrain.py --local_rank=0")  # and the wrapper starts it again
