@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -117,7 +118,8 @@ def run_job(spec: JobSpec, device: torch.device, asked_to_stop: Callable[[], boo
     )
     root = spec.work / "checkpoints"
     checkpoint, complaints = disk.newest_verified(root)
-    print(*complaints, f"{job.name} on {device}, {job.steps} steps, {spec.precision}", sep="\n", flush=True)
+    where = f"{device} of {socket.gethostname()}"
+    print(*complaints, f"{job.name} on {where}, {job.steps} steps, {spec.precision}", sep="\n", flush=True)
     if checkpoint:
         trainer.restore(
             {kind: _tensors(checkpoint, kind) for kind in disk.KINDS}, checkpoint.state["progress"]["step"]

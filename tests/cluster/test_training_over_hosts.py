@@ -58,14 +58,20 @@ def seen(hosts: Hosts, run: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(hosts: Hosts, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of one process that nothing happens to."""
+def alone(hosts: Hosts, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process that nothing happens to."""
     run = tmp_path_factory.mktemp("alone") / "run"
     environment = os.environ | {"MASTER_PORT": "29878"}
     subprocess.run(
         [str(BIN / "python"), *command(hosts, corpus, run)], check=True, env=environment, timeout=300
     )
-    found = losses(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(alone: Path) -> dict[int, float]:
+    """That run's losses."""
+    found = losses(alone)
     assert list(found) == list(range(1, STEPS + 1)) and found[STEPS] < found[1] - 0.1
     return found
 

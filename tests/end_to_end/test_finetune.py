@@ -130,7 +130,7 @@ def test_queues_that_share_a_folder_share_the_jobs(model: Path, tmp_path: Path) 
         assert process.returncode == 0 and "mean of 3 tasks" in out
     logs = list(tmp_path.glob("jobs/*/log.txt"))
     assert len(logs) == 6 and not list(tmp_path.glob("jobs/*.work"))
-    assert all(log.read_text().count(" on cpu, ") == 1 for log in logs), "each job ran once"
+    assert all(log.read_text().count(" on cpu of ") == 1 for log in logs), "each job ran once"
 
 
 def _finetune(
