@@ -172,12 +172,12 @@ def bench_kernels() -> Report:
     def attention_half(block: Callable) -> Callable[..., Tensor]:
         def half(hidden: Tensor, *weights: Tensor) -> Tensor:
             named = AttentionWeights(*weights)
-            return block(hidden, named, slopes, cu_seqlens, 128, None, LAYER_NORM_EPS, 0.0, DROPOUT_P)
+            return block(hidden, named, slopes, cu_seqlens, 128, None, LAYER_NORM_EPS, 0.0, DROPOUT_P)[0]
 
         return half
 
     def mlp_half(block: Callable) -> Callable[..., Tensor]:
-        return lambda hidden, *weights: block(hidden, MLPWeights(*weights), LAYER_NORM_EPS, DROPOUT_P)
+        return lambda hidden, *weights: block(hidden, MLPWeights(*weights), LAYER_NORM_EPS, DROPOUT_P)[0]
 
     halves = {
         "attention block, length 128": (

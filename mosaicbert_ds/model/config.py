@@ -28,9 +28,14 @@ class ModelConfig:
     max_position_embeddings: Count = 512  # bert only: MosaicBERT has no position embedding and no such limit
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    norm_placement: Literal["post", "pre"] = "post"  # mosaicbert only; behind the residual's sum, or before
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, slower
 
     def __post_init__(self) -> None:
+        if self.architecture == "bert" and self.norm_placement != "post":
+            raise ValueError(
+                f"norm_placement {self.norm_placement} is mosaicbert's alone; architecture bert has post"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "

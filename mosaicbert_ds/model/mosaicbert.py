@@ -43,6 +43,7 @@ class MosaicBertConfig(PretrainedConfig):
     attention_probs_dropout_prob: float = 0.0
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
+    norm_placement: str = "post"
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
 
@@ -132,7 +133,7 @@ class MosaicBertAttentionOutput(nn.Module):
 
 
 class MosaicBertAttention(nn.Module):
-    """Self-attention with symmetric ALiBi, then dropout, residual and LayerNorm."""
+    """Self-attention with symmetric ALiBi, then dropout, residual and norm."""
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
@@ -142,9 +143,15 @@ class MosaicBertAttention(nn.Module):
         self.output = MosaicBertAttentionOutput(config)
 
     def forward(
-        self, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, positions: Tensor | None
-    ) -> Tensor:
-        """(tokens, hidden) -> (tokens, hidden), or (positions, hidden) for those rows alone"""
+        self,
+        hidden: Tensor,
+        stream: Tensor | None,
+        slopes: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden, stream (tokens, hidden) -> the same, or (positions, hidden) for those rows alone"""
         qkv, dense, norm = self.self.Wqkv, self.output.dense, self.output.LayerNorm
         return ops.attention_block(
             hidden,
@@ -156,11 +163,12 @@ class MosaicBertAttention(nn.Module):
             norm.eps,
             self.attention_dropout_p if self.training else 0.0,
             self.hidden_dropout_p if self.training else 0.0,
+            stream,
         )
 
 
 class MosaicBertGatedMLP(nn.Module):
-    """GeGLU feed-forward, then residual and LayerNorm."""
+    """GeGLU feed-forward, then residual and norm."""
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
@@ -169,11 +177,11 @@ class MosaicBertGatedMLP(nn.Module):
         self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(rows, hidden) -> (rows, hidden)"""
+    def forward(self, hidden: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """hidden, stream (rows, hidden) -> the same"""
         wo, norm = self.wo, self.layernorm
         weights = ops.MLPWeights(self.gated_layers.weight, wo.weight, wo.bias, norm.weight, norm.bias)
-        return ops.mlp_block(hidden, weights, norm.eps, self.dropout_p if self.training else 0.0)
+        return ops.mlp_block(hidden, weights, norm.eps, self.dropout_p if self.training else 0.0, stream)
 
 
 class MosaicBertLayer(nn.Module):
@@ -183,14 +191,31 @@ class MosaicBertLayer(nn.Module):
         self.mlp = MosaicBertGatedMLP(config)
 
     def forward(
-        self, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, positions: Tensor | None
-    ) -> Tensor:
-        return self.mlp(self.attention(hidden, slopes, cu_seqlens, max_seqlen, positions))
+        self,
+        hidden: Tensor,
+        stream: Tensor | None,
+        slopes: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.mlp(*self.attention(hidden, stream, slopes, cu_seqlens, max_seqlen, positions))
 
 
 class MosaicBertEncoder(nn.Module):
+    """The layers. A norm stands behind each half of a layer, wherever it is placed.
+
+    Post-LN, as published: x <- norm(x + f(x)). Pre-LN: x <- x + f(norm(x)), and a norm at the end. There
+    the layers hand on the pair of the residual stream x and its norm, which the half before has made; so the
+    norm behind a half is the one before the next half, and the last layer's is the norm at the end. The norm
+    before the first half is the embedding's: its output starts the stream, and a second norm right behind it
+    would change nothing but scales (as in ModernBERT, https://arxiv.org/abs/2412.13663). Parameters and their
+    names are thus the same in both.
+    """
+
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
+        self.is_pre = config.norm_placement == "pre"
         self.num_heads = config.num_attention_heads
         self.layer = nn.ModuleList(MosaicBertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False  # also what transformers' gradient_checkpointing_enable() sets
@@ -203,21 +228,24 @@ class MosaicBertEncoder(nn.Module):
         positions: Tensor | None = None,
         every_layer: bool = False,
     ) -> tuple[Tensor, ...]:
-        """(tokens, hidden) -> the last layer's output; with `every_layer` all outputs, the input first.
+        """(tokens, hidden) -> the last layer's output; with `every_layer` all outputs, the input first
+        (in pre-LN the stream after each layer, and its norm after the last).
 
         `positions` are the rows that the caller reads: past its attention, the last layer computes no others.
         """
         # Made anew in each call, not kept as a buffer: a model cast to bf16 would round the slopes.
         slopes = ops.alibi_slopes(self.num_heads, hidden.device)
+        stream = hidden if self.is_pre else None
         outputs = [hidden]
         for layer in self.layer:
-            rows = positions if layer is self.layer[-1] else None
+            is_last = layer is self.layer[-1]
+            arguments = (hidden, stream, slopes, cu_seqlens, max_seqlen, positions if is_last else None)
             if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, slopes, cu_seqlens, max_seqlen, rows, use_reentrant=False)
+                hidden, stream = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                hidden = layer(hidden, slopes, cu_seqlens, max_seqlen, rows)
+                hidden, stream = layer(*arguments)
             if every_layer:
-                outputs.append(hidden)
+                outputs.append(hidden if is_last or stream is None else stream)
         return tuple(outputs) if every_layer else (hidden,)
 
 

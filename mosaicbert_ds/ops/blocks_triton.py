@@ -9,6 +9,10 @@ What this buys over autograd's own chain of the same kernels and products, a lay
 
     attention block:  y = LayerNorm(dropout(attention(x Wqkv + bqkv) Wdense + bdense) + x)
     MLP block:        y = LayerNorm(dropout(GELU(x Wgate) * (x Wvalue)) Wo + bo + x)
+
+In pre-LN the addend is not x but the residual stream, and the LayerNorm's kernel hands on the new stream
+beside its norm. It reads that stream again in the backward pass instead of what was summed, so as much is
+kept for it, and memory is passed as often, as in post-LN.
 """
 
 from typing import Any
@@ -35,13 +39,50 @@ def _scattered(rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
     return rows.new_zeros(num_rows, rows.shape[1]).index_add_(0, positions, rows)
 
 
+def _norm_forward(
+    x: Tensor, x_bias: Tensor, hidden: Tensor, stream: Tensor | None, w: AttentionWeights | MLPWeights,
+    seed: Tensor | None, eps: float, dropout_p: float,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:  # fmt: skip
+    """The end of both halves: the norm, the new stream (pre-LN), and what `_norm_backward` will need."""
+    is_pre = stream is not None
+    y, mean, rstd, total = layer_norm_forward(
+        x, x_bias, hidden if stream is None else stream, w.norm_weight, w.norm_bias,
+        seed, eps, dropout_p, is_pre,
+    )  # fmt: skip
+    if is_pre:
+        return y, total, (None, None, total, mean, rstd, seed)
+    return y, None, (x, hidden, None, mean, rstd, seed)
+
+
+def _norm_backward(
+    saved: tuple[Tensor | None, ...], x_bias: Tensor, norm_weight: Tensor, d_y: Tensor,
+    d_stream: Tensor | None, dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """d_x, the addend's gradient (without dropout d_x itself), and d_norm_weight, d_norm_bias, d_x_bias."""
+    x, residual, total, mean, rstd, seed = saved
+    d_x, d_residual, sums = layer_norm_backward(
+        x, x_bias, residual, total, norm_weight, d_y, d_stream, mean, rstd, seed, dropout_p
+    )
+    return d_x, d_residual if drop_threshold(dropout_p) else d_x, sums
+
+
+def _hidden_and_stream(
+    d_addend: Tensor, d_stream: Tensor | None, d_x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of a half's two inputs: of hidden, which went through x = hidden weight^T, and in pre-LN
+    of the stream. In post-LN the addend was hidden itself; its gradient has no other reader left."""
+    if d_stream is None:
+        return d_addend.addmm_(d_x, weight), None
+    return d_x @ weight, d_addend
+
+
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         positions: Tensor | None, eps: float, attention_dropout_p: float, hidden_dropout_p: float,
-        main_grads: tuple[Tensor, ...] | None, *weights: Tensor,
-    ) -> Tensor:  # fmt: skip
+        stream: Tensor | None, main_grads: tuple[Tensor, ...] | None, *weights: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         w = AttentionWeights(*weights)
         qkv = F.linear(hidden, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, slopes.shape[0], -1))
         attention_seed = _seed(hidden.device, attention_dropout_p)
@@ -49,38 +90,37 @@ class _AttentionBlock(torch.autograd.Function):
         context, residual = out.flatten(1), hidden  # both (tokens, hidden)
         if positions is not None:
             context, residual = context.index_select(0, positions), hidden.index_select(0, positions)
+            stream = None if stream is None else stream.index_select(0, positions)
         dense = F.linear(context, w.dense_weight)  # its bias is added by the next kernel
         seed = _seed(hidden.device, hidden_dropout_p)
-        y, mean, rstd = layer_norm_forward(
-            dense, w.dense_bias, residual, w.norm_weight, w.norm_bias, seed, eps, hidden_dropout_p
+        y, stream, norm_saved = _norm_forward(
+            dense, w.dense_bias, residual, stream, w, seed, eps, hidden_dropout_p
         )
         ctx.save_for_backward(
-            hidden, qkv, out, lse, context, residual, dense, mean, rstd, attention_seed, seed,
-            slopes, cu_seqlens, positions, *weights,
+            *norm_saved, hidden, qkv, out, lse, context, attention_seed, slopes, cu_seqlens, positions,
+            *weights,
         )  # fmt: skip
         ctx.max_seqlen, ctx.main_grads = max_seqlen, main_grads
         ctx.attention_dropout_p, ctx.hidden_dropout_p = attention_dropout_p, hidden_dropout_p
-        return y
+        return y, stream
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_y: Tensor, d_stream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        norm_saved = ctx.saved_tensors[:6]
         (
-            hidden, qkv, out, lse, context, residual, dense, mean, rstd, attention_seed, seed,
-            slopes, cu_seqlens, positions, *weights,
-        ) = ctx.saved_tensors  # fmt: skip
+            hidden, qkv, out, lse, context, attention_seed, slopes, cu_seqlens, positions, *weights,
+        ) = ctx.saved_tensors[6:]  # fmt: skip
         w = AttentionWeights(*weights)
-        d_dense, d_hidden, sums = layer_norm_backward(
-            dense, w.dense_bias, residual, w.norm_weight, d_y, mean, rstd, seed, ctx.hidden_dropout_p
+        d_dense, d_addend, sums = _norm_backward(
+            norm_saved, w.dense_bias, w.norm_weight, d_y, d_stream, ctx.hidden_dropout_p
         )
         d_norm_weight, d_norm_bias, d_dense_bias = sums
         main_qkv, _, main_dense, *_ = ctx.main_grads or (None,) * len(w)
         d_dense_weight = product(main_dense, d_dense, context)
         d_context = d_dense @ w.dense_weight
-        if not drop_threshold(ctx.hidden_dropout_p):
-            d_hidden = d_dense  # which has no other reader left, so it may be added to
         if positions is not None:
             d_context = _scattered(d_context, positions, len(hidden))
-            d_hidden = _scattered(d_hidden, positions, len(hidden))
+            d_addend = _scattered(d_addend, positions, len(hidden))
         d_qkv = attention_backward(
             qkv, out, d_context.view_as(out), lse, slopes, cu_seqlens, ctx.max_seqlen,
             attention_seed, ctx.attention_dropout_p,
@@ -89,34 +129,30 @@ class _AttentionBlock(torch.autograd.Function):
             product(main_qkv, d_qkv, hidden), column_sums(d_qkv),
             d_dense_weight, d_dense_bias, d_norm_weight, d_norm_bias,
         )  # fmt: skip
-        d_hidden.addmm_(d_qkv, w.qkv_weight)
-        return d_hidden, *(None,) * 8, *settle(d_weights, ctx.main_grads, w)
+        d_hidden, d_stream = _hidden_and_stream(d_addend, d_stream, d_qkv, w.qkv_weight)
+        return d_hidden, *(None,) * 7, d_stream, None, *settle(d_weights, ctx.main_grads, w)
 
 
 class _MLPBlock(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, eps: float, dropout_p: float,
+        ctx: Any, hidden: Tensor, eps: float, dropout_p: float, stream: Tensor | None,
         main_grads: tuple[Tensor, ...] | None, *weights: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         w = MLPWeights(*weights)
         gate_value = F.linear(hidden, w.gate_value_weight)  # (rows, 2 * intermediate)
         seed = _seed(hidden.device, dropout_p)
         down = F.linear(geglu_forward(gate_value, seed, dropout_p), w.down_weight)
-        y, mean, rstd = layer_norm_forward(
-            down, w.down_bias, hidden, w.norm_weight, w.norm_bias, None, eps, 0.0
-        )
-        ctx.save_for_backward(hidden, gate_value, down, mean, rstd, seed, *weights)
+        y, stream, norm_saved = _norm_forward(down, w.down_bias, hidden, stream, w, None, eps, 0.0)
+        ctx.save_for_backward(*norm_saved, hidden, gate_value, seed, *weights)
         ctx.main_grads, ctx.dropout_p = main_grads, dropout_p
-        return y
+        return y, stream
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, gate_value, down, mean, rstd, seed, *weights = ctx.saved_tensors
+    def backward(ctx: Any, d_y: Tensor, d_stream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        norm_saved, (hidden, gate_value, seed, *weights) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         w = MLPWeights(*weights)
-        d_down, _, sums = layer_norm_backward(
-            down, w.down_bias, hidden, w.norm_weight, d_y, mean, rstd, None, 0.0
-        )
+        d_down, d_addend, sums = _norm_backward(norm_saved, w.down_bias, w.norm_weight, d_y, d_stream, 0.0)
         d_norm_weight, d_norm_bias, d_down_bias = sums
         d_gate_value, gated = geglu_backward(gate_value, d_down @ w.down_weight, seed, ctx.dropout_p)
         main_gate_value, main_down, *_ = ctx.main_grads or (None,) * len(w)
@@ -124,9 +160,8 @@ class _MLPBlock(torch.autograd.Function):
             product(main_gate_value, d_gate_value, hidden), product(main_down, d_down, gated),
             d_down_bias, d_norm_weight, d_norm_bias,
         )  # fmt: skip
-        # Without dropout d_down is the residual's gradient too, and it has no other reader left.
-        d_hidden = d_down.addmm_(d_gate_value, w.gate_value_weight)
-        return d_hidden, *(None,) * 3, *settle(d_weights, ctx.main_grads, w)
+        d_hidden, d_stream = _hidden_and_stream(d_addend, d_stream, d_gate_value, w.gate_value_weight)
+        return d_hidden, None, None, d_stream, None, *settle(d_weights, ctx.main_grads, w)
 
 
 def attention_block(
@@ -139,14 +174,17 @@ def attention_block(
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
-) -> Tensor:
+    stream: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """`reference.attention_block` defines it."""
     return _AttentionBlock.apply(
         hidden, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p, hidden_dropout_p,
-        main_grads_of(weights), *weights,
+        stream, main_grads_of(weights), *weights,
     )  # fmt: skip
 
 
-def mlp_block(hidden: Tensor, weights: MLPWeights, eps: float, dropout_p: float) -> Tensor:
+def mlp_block(
+    hidden: Tensor, weights: MLPWeights, eps: float, dropout_p: float, stream: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """`reference.mlp_block` defines it."""
-    return _MLPBlock.apply(hidden, eps, dropout_p, main_grads_of(weights), *weights)
+    return _MLPBlock.apply(hidden, eps, dropout_p, stream, main_grads_of(weights), *weights)

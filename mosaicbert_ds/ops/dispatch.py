@@ -84,8 +84,9 @@ def attention_block(
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
-) -> Tensor:
-    """Attention, dropout, residual and LayerNorm; see `reference.attention_block`."""
+    stream: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention, dropout, residual and norm; see `reference.attention_block`."""
     block = reference.attention_block
     if _on_triton(hidden):
         from mosaicbert_ds.ops import attention_triton, blocks_triton
@@ -99,17 +100,20 @@ def attention_block(
                 f"{', '.join(map(str, attention_triton.HEAD_DIMS))}; give auto or torch"
             )
     return block(
-        hidden, weights, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p, hidden_dropout_p
-    )
+        hidden, weights, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p,
+        hidden_dropout_p, stream,
+    )  # fmt: skip
 
 
-def mlp_block(hidden: Tensor, weights: MLPWeights, eps: float, dropout_p: float) -> Tensor:
-    """GeGLU feed-forward, residual and LayerNorm; see `reference.mlp_block`."""
+def mlp_block(
+    hidden: Tensor, weights: MLPWeights, eps: float, dropout_p: float, stream: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """GeGLU feed-forward, residual and norm; see `reference.mlp_block`."""
     if _on_triton(hidden):
         from mosaicbert_ds.ops import blocks_triton
 
-        return blocks_triton.mlp_block(hidden, weights, eps, dropout_p)
-    return reference.mlp_block(hidden, weights, eps, dropout_p)
+        return blocks_triton.mlp_block(hidden, weights, eps, dropout_p, stream)
+    return reference.mlp_block(hidden, weights, eps, dropout_p, stream)
 
 
 def masked_lm_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

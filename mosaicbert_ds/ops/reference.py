@@ -106,6 +106,22 @@ def geglu(gate_value: Tensor, dropout_p: float = 0.0) -> Tensor:
     return F.dropout(F.gelu(gate) * value, dropout_p)
 
 
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension. Source: https://arxiv.org/abs/1607.06450."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _wide_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`norm` in x's dtype, which is wider than the weights'."""
+    return norm(x, weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def _dropout_add(x: Tensor, x_bias: Tensor, residual: Tensor, dropout_p: float) -> Tensor:
+    """dropout(x + x_bias) + residual, in fp32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.dropout(x.to(wide) + x_bias.to(wide), dropout_p) + residual.to(wide)
+
+
 def dropout_add_layer_norm(
     x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
 ) -> Tensor:
@@ -113,8 +129,16 @@ def dropout_add_layer_norm(
 
     x, residual: (tokens, hidden); x_bias, weight, bias: (hidden,). Returns (tokens, hidden) in x's dtype.
     """
-    total = F.dropout(x.float() + x_bias.float(), dropout_p) + residual.float()
-    return F.layer_norm(total, weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+    return _wide_norm(_dropout_add(x, x_bias, residual, dropout_p), weight, bias, eps).to(x.dtype)
+
+
+def dropout_add_and_layer_norm(
+    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm(h) and h itself, h = dropout(x + x_bias) + residual rounded to x's dtype."""
+    total = _dropout_add(x, x_bias, residual, dropout_p).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return _wide_norm(total.to(wide), weight, bias, eps).to(x.dtype), total
 
 
 class AttentionWeights(NamedTuple):
@@ -142,7 +166,7 @@ def add_layer_norm_dropout(
     x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
 ) -> Tensor:
     """dropout(LayerNorm(x + kind)): x (tokens, hidden), kind (tokens, hidden) or one row for all tokens."""
-    return F.dropout(F.layer_norm(x + kind, weight.shape, weight, bias, eps), dropout_p)
+    return F.dropout(norm(x + kind, weight, bias, eps), dropout_p)
 
 
 def attention_block(
@@ -155,32 +179,55 @@ def attention_block(
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
-) -> Tensor:
-    """LayerNorm(dropout(attention(hidden Wqkv) Wdense) + hidden): post-LN self-attention.
+    stream: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The first half of a layer, self-attention. Post-LN where there is no residual stream:
 
-    hidden: (tokens, hidden). Returns (tokens, hidden), or (positions, hidden) for those rows alone.
+        LayerNorm(dropout(attention(hidden Wqkv) Wdense) + hidden), None
+
+    Pre-LN, where `hidden` is the stream's norm, which the half before has made:
+
+        LayerNorm(s), s        with s = dropout(attention(hidden Wqkv) Wdense) + stream
+
+    hidden, stream: (tokens, hidden). Returns (tokens, hidden), or (positions, hidden) for those rows alone.
     """
     qkv = F.linear(hidden, weights.qkv_weight, weights.qkv_bias)
     qkv = qkv.unflatten(-1, (3, slopes.shape[0], -1))  # (tokens, 3, heads, head_dim)
     context = attention(qkv, slopes, cu_seqlens, max_seqlen, attention_dropout_p).flatten(1)
     if positions is not None:
         context, hidden = context.index_select(0, positions), hidden.index_select(0, positions)
+        stream = None if stream is None else stream.index_select(0, positions)
     dense = F.linear(context, weights.dense_weight)
-    return dropout_add_layer_norm(
-        dense, weights.dense_bias, hidden, weights.norm_weight, weights.norm_bias, eps, hidden_dropout_p
-    )
+    return _end_of_half(dense, weights.dense_bias, hidden, stream, weights, eps, hidden_dropout_p)
 
 
-def mlp_block(hidden: Tensor, weights: MLPWeights, eps: float, dropout_p: float) -> Tensor:
-    """LayerNorm(dropout(GELU(hidden Wgate) * (hidden Wvalue)) Wdown + hidden): (rows, hidden) -> the same.
+def mlp_block(
+    hidden: Tensor, weights: MLPWeights, eps: float, dropout_p: float, stream: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The second half of a layer, GeGLU; post-LN or pre-LN as in `attention_block`:
 
-    The dropout stands before the down projection, and none behind it.
+        f = dropout(GELU(hidden Wgate) * (hidden Wvalue)) Wdown
+
+    (rows, hidden) -> the same. The dropout stands before the down projection, and none behind it.
     """
     gated = geglu(F.linear(hidden, weights.gate_value_weight), dropout_p)  # (rows, intermediate)
     down = F.linear(gated, weights.down_weight)
-    return dropout_add_layer_norm(
-        down, weights.down_bias, hidden, weights.norm_weight, weights.norm_bias, eps, dropout_p=0.0
-    )
+    return _end_of_half(down, weights.down_bias, hidden, stream, weights, eps, dropout_p=0.0)
+
+
+def _end_of_half(
+    x: Tensor,
+    x_bias: Tensor,
+    hidden: Tensor,
+    stream: Tensor | None,
+    weights: AttentionWeights | MLPWeights,
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor | None]:
+    arguments = (weights.norm_weight, weights.norm_bias, eps, dropout_p)
+    if stream is None:
+        return dropout_add_layer_norm(x, x_bias, hidden, *arguments), None
+    return dropout_add_and_layer_norm(x, x_bias, stream, *arguments)
 
 
 def masked_lm_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

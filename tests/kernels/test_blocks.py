@@ -45,31 +45,45 @@ def mlp_weights(dtype=torch.float32):
     return MLPWeights(*(weight(*shape).to(dtype) for shape in shapes))
 
 
-def chained_attention_block(hidden, w, slopes, cu_seqlens, max_seqlen, positions, eps, p_attention, p_hidden):
+def chained_norm(x, x_bias, hidden, stream, w, eps, p):
+    """The end of a half, post-LN or pre-LN, as an operation of its own."""
+    if stream is None:
+        return dropout_layernorm_triton.dropout_add_layer_norm(
+            x, x_bias, hidden, w.norm_weight, w.norm_bias, eps, p
+        ), None
+    return dropout_layernorm_triton.dropout_add_and_layer_norm(
+        x, x_bias, stream, w.norm_weight, w.norm_bias, eps, p
+    )
+
+
+def chained_attention_block(
+    hidden, w, slopes, cu_seqlens, max_seqlen, positions, eps, p_attention, p_hidden, stream
+):
     """The block from its kernels, linked by autograd."""
     qkv = F.linear(hidden, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, HEADS, -1))
     context = attention_triton.attention(qkv, slopes, cu_seqlens, max_seqlen, p_attention).flatten(1)
     if positions is not None:
         context, hidden = context[positions], hidden[positions]
-    dense = F.linear(context, w.dense_weight)
-    return dropout_layernorm_triton.dropout_add_layer_norm(
-        dense, w.dense_bias, hidden, w.norm_weight, w.norm_bias, eps, p_hidden
-    )
+        stream = None if stream is None else stream[positions]
+    return chained_norm(F.linear(context, w.dense_weight), w.dense_bias, hidden, stream, w, eps, p_hidden)
 
 
-def chained_mlp_block(hidden, w, eps, p):
+def chained_mlp_block(hidden, w, eps, p, stream):
     gated = geglu_triton.geglu(F.linear(hidden, w.gate_value_weight), p)
-    return dropout_layernorm_triton.dropout_add_layer_norm(
-        F.linear(gated, w.down_weight), w.down_bias, hidden, w.norm_weight, w.norm_bias, eps, 0.0
+    return chained_norm(F.linear(gated, w.down_weight), w.down_bias, hidden, stream, w, eps, 0.0)
+
+
+def gradients(block, inputs, weights, d_outs, dtype, seed=0):
+    """Outputs and gradients of `block(*inputs, weights)`; an input or output may be None."""
+    inputs, weights = (
+        [None if x is None else x.detach().to(dtype).requires_grad_() for x in part]
+        for part in (inputs, weights)
     )
-
-
-def gradients(block, hidden, weights, d_out, dtype, seed=0):
-    hidden, *weights = (x.detach().to(dtype).requires_grad_() for x in (hidden, *weights))
     torch.manual_seed(seed)
-    out = block(hidden, weights)
-    out.backward(d_out[: len(out)].to(dtype))
-    return [out.detach(), hidden.grad, *(w.grad for w in weights)]
+    outs = block(*inputs, weights)
+    outs = [out for out in (outs if isinstance(outs, tuple) else (outs,)) if out is not None]
+    torch.autograd.backward(outs, [d[: len(out)].to(dtype) for out, d in zip(outs, d_outs, strict=False)])
+    return [out.detach() for out in outs] + [x.grad for x in (*inputs, *weights) if x is not None]
 
 
 def assert_close(found, expected):
@@ -80,41 +94,50 @@ def assert_close(found, expected):
 def attention_block_of(block, positions, dropout_p):
     cu_seqlens = torch.tensor([0, *LENGTHS], device=DEVICE).cumsum(0).int()
     slopes = reference.alibi_slopes(HEADS, DEVICE)
-    return lambda hidden, weights: block(
+    return lambda hidden, stream, weights: block(
         hidden, AttentionWeights(*weights), slopes, cu_seqlens, max(LENGTHS), positions, EPS,
-        dropout_p, dropout_p,
+        dropout_p, dropout_p, stream,
     )  # fmt: skip
 
 
+def inputs_of(placement, rows):
+    """hidden, and in pre-LN the residual stream; gradients of both outputs"""
+    hidden, stream = normal(rows, HIDDEN), normal(rows, HIDDEN)
+    return (hidden, stream if placement == "pre" else None), (normal(rows, HIDDEN), normal(rows, HIDDEN))
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("positions", [None, [3, 0, 24, 11]])
-def test_attention_block_has_the_gradients_of_its_parts(positions, dropout_p):
-    rows = sum(LENGTHS) + TRAILING
-    hidden, weights, d_out = normal(rows, HIDDEN), attention_weights(), normal(rows, HIDDEN)
+def test_attention_block_has_the_gradients_of_its_parts(positions, dropout_p, placement):
+    inputs, d_outs = inputs_of(placement, sum(LENGTHS) + TRAILING)
+    weights = attention_weights()
     if positions is not None:
         positions = torch.tensor(positions, device=DEVICE)
     block, chain = (
         attention_block_of(f, positions, dropout_p)
         for f in (blocks_triton.attention_block, chained_attention_block)
     )
-    found = gradients(block, hidden, weights, d_out, torch.float32)
-    assert_close(found, gradients(chain, hidden, weights, d_out, torch.float32))
+    found = gradients(block, inputs, weights, d_outs, torch.float32)
+    assert_close(found, gradients(chain, inputs, weights, d_outs, torch.float32))
     if not dropout_p:
         exact = attention_block_of(reference.attention_block, positions, 0.0)
-        assert_close(found, gradients(exact, hidden, weights, d_out, torch.float64))
+        assert_close(found, gradients(exact, inputs, weights, d_outs, torch.float64))
 
 
+@pytest.mark.parametrize("placement", ["post", "pre"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_mlp_block_has_the_gradients_of_its_parts(dropout_p):
-    hidden, weights, d_out = normal(20, HIDDEN), mlp_weights(), normal(20, HIDDEN)
+def test_mlp_block_has_the_gradients_of_its_parts(dropout_p, placement):
+    inputs, d_outs = inputs_of(placement, 20)
+    weights = mlp_weights()
 
     def of(block):
-        return lambda hidden, weights: block(hidden, MLPWeights(*weights), EPS, dropout_p)
+        return lambda hidden, stream, weights: block(hidden, MLPWeights(*weights), EPS, dropout_p, stream)
 
-    found = gradients(of(blocks_triton.mlp_block), hidden, weights, d_out, torch.float32)
-    assert_close(found, gradients(of(chained_mlp_block), hidden, weights, d_out, torch.float32))
+    found = gradients(of(blocks_triton.mlp_block), inputs, weights, d_outs, torch.float32)
+    assert_close(found, gradients(of(chained_mlp_block), inputs, weights, d_outs, torch.float32))
     if not dropout_p:
-        exact = gradients(of(reference.mlp_block), hidden, weights, d_out, torch.float64)
+        exact = gradients(of(reference.mlp_block), inputs, weights, d_outs, torch.float64)
         assert_close(found, exact)
 
 
@@ -127,12 +150,12 @@ def test_embedding_norm_has_the_gradients_of_its_parts(kinds, dropout_p):
     torch.manual_seed(0)
     ones = torch.ones(HIDDEN, device=DEVICE)  # a LayerNorm of zeros is its bias: what is kept of ones
     kept = op(torch.zeros_like(x), torch.zeros_like(weights[0]), ones, ones, EPS, dropout_p)
-    found = gradients(lambda x, w: op(x, *w, EPS, dropout_p), x, weights, d_out, torch.float32)
+    found = gradients(lambda x, w: op(x, *w, EPS, dropout_p), (x,), weights, (d_out,), torch.float32)
     exact = gradients(
         lambda x, w: reference.add_layer_norm_dropout(x, *w, EPS, 0.0) * kept,
-        x,
+        (x,),
         weights,
-        d_out,
+        (d_out,),
         torch.float64,
     )
     assert_close(found, exact)
@@ -153,12 +176,12 @@ def test_weights_with_a_main_grad_get_their_gradients_added_there(dtype):
     for w in weights:
         w.requires_grad_()
     d_out = normal(20, HIDDEN).to(dtype)
-    blocks_triton.mlp_block(hidden, weights, EPS, 0.0).backward(d_out)
+    blocks_triton.mlp_block(hidden, weights, EPS, 0.0)[0].backward(d_out)
     expected = [w.grad.float() for w in weights]
     for w in weights:
         w.grad, w.main_grad = None, torch.full_like(w, 2.0, dtype=torch.float32)
     for _ in range(3):
-        blocks_triton.mlp_block(hidden, weights, EPS, 0.0).backward(d_out)
+        blocks_triton.mlp_block(hidden, weights, EPS, 0.0)[0].backward(d_out)
     assert all(w.grad is None for w in weights)
     for w, once in zip(weights, expected, strict=True):
         # A gradient rounded to bf16 against one that may never have been: half a unit in the last of 8 bits.

@@ -194,7 +194,7 @@ def test_computing_the_last_layer_for_masked_positions_alone_equals_computing_it
         model.bert(**arguments, positions=positions).last_hidden_state, everywhere[positions]
     )
     rows = []
-    model.bert.encoder.layer[-1].mlp.register_forward_hook(lambda _m, _i, out: rows.append(len(out)))
+    model.bert.encoder.layer[-1].mlp.register_forward_hook(lambda _m, _i, out: rows.append(len(out[0])))
     model(**batch)
     assert rows == [len(positions)]
 
@@ -339,7 +339,7 @@ def test_the_classifier_reads_the_first_token_of_each_sequence():
 def test_the_classifier_runs_its_last_layer_for_first_tokens_alone():
     model, batch = tiny_classifier(), unpadded_batch()
     rows = []
-    model.bert.encoder.layer[-1].mlp.register_forward_hook(lambda _m, _i, out: rows.append(len(out)))
+    model.bert.encoder.layer[-1].mlp.register_forward_hook(lambda _m, _i, out: rows.append(len(out[0])))
     model(batch["input_ids"], cu_seqlens=batch["cu_seqlens"], max_seqlen=11)
     assert rows == [len(LENGTHS)]
 

@@ -1,0 +1,184 @@
+"""Where the network may differ from the published one: the placement of its norms.
+
+Truth is the network written out in float64, sequence by sequence, from the weights alone.
+"""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.model import ModelConfig, build_pretraining_model
+from mosaicbert_ds.ops import alibi_slopes
+from mosaicbert_ds.typed_yaml import from_tree
+
+SHAPE = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "vocab_size": 128,
+}
+PUBLISHED = {"norm_placement": "post"}
+VARIANTS = [{"norm_placement": "pre"}]
+LENGTHS = (11, 1, 7)
+MASKED = [2, 5, 6, 10, 11, 14, 18]  # of each sequence some
+
+
+def model_of(variant, **more):
+    torch.manual_seed(0)
+    model = build_pretraining_model(from_tree(ModelConfig, SHAPE | variant | more, "recipe"))
+    with torch.no_grad():  # untrained weights are so small that a wrong path would hardly show
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def batch_of(rounded=False):
+    """Unpadded; `rounded` up as the loader does: rows and sequences of nothing, masked positions at 0."""
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "input_ids": torch.randint(128, (sum(LENGTHS),), generator=generator),
+        "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).int(),
+        "max_seqlen": max(LENGTHS),
+        "masked_positions": torch.tensor(MASKED),
+        "labels": torch.randint(128, (len(MASKED),), generator=generator),
+    }
+    if rounded:
+        batch["input_ids"] = F.pad(batch["input_ids"], (0, 5))
+        batch["cu_seqlens"] = torch.cat([batch["cu_seqlens"], batch["cu_seqlens"][-1:]])
+        batch["max_seqlen"] = 16
+        batch["masked_positions"] = F.pad(batch["masked_positions"], (0, 3))
+        batch["labels"] = F.pad(batch["labels"], (0, 3), value=-100)
+    return batch
+
+
+def padded_of(batch):
+    rows = {
+        name: torch.full((len(LENGTHS), max(LENGTHS)), fill)
+        for name, fill in (("input_ids", 5), ("attention_mask", 0), ("labels", -100))
+    }
+    labels = torch.full((sum(LENGTHS),), -100).index_copy(0, batch["masked_positions"], batch["labels"])
+    for row, (start, end) in enumerate(pairwise(batch["cu_seqlens"].tolist())):
+        for name, values in (("input_ids", batch["input_ids"]), ("labels", labels)):
+            rows[name][row, : end - start] = values[start:end]
+        rows["attention_mask"][row, : end - start] = 1
+    return rows
+
+
+def written_out(model, input_ids, variant):
+    """The hidden states (tokens, hidden) of one sequence, in float64."""
+    w = {name: weight.double() for name, weight in model.state_dict().items()}
+    heads, is_pre = SHAPE["num_attention_heads"], variant["norm_placement"] == "pre"
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-12)
+
+    def attend(x, name):
+        q, k, v = (x @ w[f"{name}.self.Wqkv.weight"].T + w[f"{name}.self.Wqkv.bias"]).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k, v))
+        place = torch.arange(len(x))
+        bias = -alibi_slopes(heads).double()[:, None, None] * (place[:, None] - place).abs()
+        context = (q @ k.mT / math.sqrt(q.shape[-1]) + bias).softmax(-1) @ v
+        dense = f"{name}.output.dense"
+        return context.transpose(0, 1).flatten(1) @ w[f"{dense}.weight"].T + w[f"{dense}.bias"]
+
+    def feed_forward(x, name):
+        gate, value = (x @ w[f"{name}.gated_layers.weight"].T).chunk(2, -1)
+        return F.gelu(gate) * value @ w[f"{name}.wo.weight"].T + w[f"{name}.wo.bias"]
+
+    embeddings = "bert.embeddings"
+    words = w[f"{embeddings}.word_embeddings.weight"][input_ids]
+    x = norm(words + w[f"{embeddings}.token_type_embeddings.weight"][0], f"{embeddings}.LayerNorm")
+    before = None  # the norm before the next half, of pre-LN; the first half's is the embedding's
+    for layer in range(SHAPE["num_hidden_layers"]):
+        halves = ((attend, "attention", "attention.output.LayerNorm"), (feed_forward, "mlp", "mlp.layernorm"))
+        for half, name, behind in halves:
+            root = f"bert.encoder.layer.{layer}"
+            if is_pre:
+                x = x + half(x if before is None else norm(x, before), f"{root}.{name}")
+                before = f"{root}.{behind}"
+            else:
+                x = norm(x + half(x, f"{root}.{name}"), f"{root}.{behind}")
+    return norm(x, before) if is_pre else x
+
+
+@pytest.mark.parametrize("variant", [PUBLISHED, *VARIANTS], ids=str)
+def test_the_network_is_the_one_written_out(variant):
+    model, batch = model_of(variant).double().eval(), batch_of()
+    arguments = {name: batch[name] for name in ("input_ids", "cu_seqlens", "max_seqlen")}
+    everywhere = model.bert(**arguments).last_hidden_state
+    expected = torch.cat([written_out(model, ids, variant) for ids in batch["input_ids"].split(LENGTHS)])
+    torch.testing.assert_close(everywhere, expected)
+    for positions in ([3, 0, 18, 7], MASKED, [4, 4, 0]):
+        some = model.bert(**arguments, positions=torch.tensor(positions)).last_hidden_state
+        torch.testing.assert_close(some, expected[positions])
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_padded_unpadded_and_rounded_up_give_the_same_loss_and_gradients(variant):
+    model, batch = model_of(variant).eval(), batch_of()
+    out = model(**padded_of(batch))
+    expected = gradients(model, out.loss)
+    for unpadded in (batch, batch_of(rounded=True)):
+        loss = model(**unpadded).loss_sum / len(MASKED)
+        torch.testing.assert_close(loss, out.loss)
+        found = gradients(model, loss)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit(variant):
+    dropout = {"hidden_dropout": 0.3, "attention_dropout": 0.2}
+    results = []
+    for checkpointing in (False, True):
+        model = model_of(variant, activation_checkpointing=checkpointing, **dropout)
+        torch.manual_seed(1)
+        results.append(gradients(model, model(**batch_of(rounded=True)).loss_sum))
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_pretraining_step_compiles_without_a_graph_break(variant):
+    model, batch = model_of(variant, hidden_dropout=0.0), batch_of(rounded=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch), model(**batch))
+
+
+def test_hidden_states_of_pre_ln_are_the_residual_stream_and_its_norm_at_the_end():
+    model, batch = model_of({"norm_placement": "pre"}).bert.eval(), padded_of(batch_of())
+    del batch["labels"]
+    states = model(**batch, output_hidden_states=True).hidden_states
+    assert len(states) == 1 + SHAPE["num_hidden_layers"]
+    half = model(**batch).last_hidden_state
+    torch.testing.assert_close(states[-1], half)
+    norm = model.encoder.layer[2].mlp.layernorm
+    real = batch["attention_mask"].bool()
+    third = model_of({"norm_placement": "pre"}).bert.eval()
+    third.encoder.layer = third.encoder.layer[:3]
+    torch.testing.assert_close(norm(states[3])[real], third(**batch).last_hidden_state[real])
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_hugging_faces_bert_refuses_what_it_cannot_be(variant):
+    with pytest.raises(ConfigError, match="mosaicbert's alone; architecture bert has"):
+        from_tree(ModelConfig, {"architecture": "bert"} | variant, "recipe")
+
+
+def test_both_placements_have_the_same_parameters_by_the_same_names():
+    shapes = [
+        {name: parameter.shape for name, parameter in model_of(variant).named_parameters()}
+        for variant in (PUBLISHED, {"norm_placement": "pre"})
+    ]
+    assert shapes[0] == shapes[1]
