@@ -11,6 +11,8 @@ VOCAB_MULTIPLE = 64  # a matrix product over the vocabulary is fastest when its 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
+_MOSAICBERT_ALONE = {"norm": "layernorm", "norm_placement": "post"}
+
 
 @recipe_part
 class ModelConfig:
@@ -28,14 +30,19 @@ class ModelConfig:
     max_position_embeddings: Count = 512  # bert only: MosaicBERT has no position embedding and no such limit
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
-    norm_placement: Literal["post", "pre"] = "post"  # mosaicbert only; behind the residual's sum, or before
+    # Of mosaicbert alone, each with its published value first.
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_placement: Literal["post", "pre"] = (
+        "post"  # behind the sum with the residual, or before attention and MLP
+    )
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, slower
 
     def __post_init__(self) -> None:
-        if self.architecture == "bert" and self.norm_placement != "post":
-            raise ValueError(
-                f"norm_placement {self.norm_placement} is mosaicbert's alone; architecture bert has post"
-            )
+        for key, published in _MOSAICBERT_ALONE.items():
+            if self.architecture == "bert" and getattr(self, key) != published:
+                raise ValueError(
+                    f"{key} {getattr(self, key)} is mosaicbert's alone; architecture bert has {published}"
+                )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "

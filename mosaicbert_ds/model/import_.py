@@ -37,6 +37,7 @@ OTHER_KEYS = (
     "attention_probs_dropout_prob",
     "layer_norm_eps",
     "initializer_range",
+    "norm",
     "norm_placement",
     "pad_token_id",
     "id2label",

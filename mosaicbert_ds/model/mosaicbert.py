@@ -43,6 +43,7 @@ class MosaicBertConfig(PretrainedConfig):
     attention_probs_dropout_prob: float = 0.0
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
+    norm: str = "layernorm"
     norm_placement: str = "post"
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
@@ -87,11 +88,21 @@ def packing_of(attention_mask: Tensor) -> Packing:
     return Packing(order, cu_seqlens, real)
 
 
-class MosaicBertEmbeddingNorm(nn.LayerNorm):
-    """dropout(LayerNorm(x + kind)): fused, because each input is read only once."""
+class MosaicBertNorm(nn.LayerNorm):
+    """LayerNorm, or by `config.norm` the RMSNorm, which has no bias."""
 
     def __init__(self, config: MosaicBertConfig) -> None:
-        super().__init__(config.hidden_size, eps=config.layer_norm_eps)
+        super().__init__(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm == "layernorm")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class MosaicBertEmbeddingNorm(MosaicBertNorm):
+    """dropout(norm(x + kind)): fused, because each input is read only once."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__(config)
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(self, x: Tensor, kind: Tensor) -> Tensor:  # type: ignore[override]
@@ -129,7 +140,7 @@ class MosaicBertAttentionOutput(nn.Module):
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = MosaicBertNorm(config)
 
 
 class MosaicBertAttention(nn.Module):
@@ -175,7 +186,7 @@ class MosaicBertGatedMLP(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
         self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = MosaicBertNorm(config)
 
     def forward(self, hidden: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """hidden, stream (rows, hidden) -> the same"""
@@ -265,7 +276,7 @@ class MosaicBertPredictionTransform(nn.Module):
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = MosaicBertNorm(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.LayerNorm(F.gelu(self.dense(hidden)))

@@ -7,7 +7,13 @@ from mosaicbert_ds.ops.dispatch import (
     masked_lm_loss,
     mlp_block,
 )
-from mosaicbert_ds.ops.reference import IGNORED_LABEL, AttentionWeights, MLPWeights, alibi_slopes
+from mosaicbert_ds.ops.reference import (
+    IGNORED_LABEL,
+    AttentionWeights,
+    MLPWeights,
+    alibi_slopes,
+    layer_norm,
+)
 
 __all__ = [
     "IGNORED_LABEL",
@@ -17,6 +23,7 @@ __all__ = [
     "alibi_slopes",
     "attention_block",
     "choose_kernels",
+    "layer_norm",
     "masked_lm_loss",
     "mlp_block",
 ]

@@ -81,7 +81,7 @@ class _AttentionBlock(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         positions: Tensor | None, eps: float, attention_dropout_p: float, hidden_dropout_p: float,
-        stream: Tensor | None, main_grads: tuple[Tensor, ...] | None, *weights: Tensor,
+        stream: Tensor | None, main_grads: tuple[Tensor | None, ...] | None, *weights: Tensor,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         w = AttentionWeights(*weights)
         qkv = F.linear(hidden, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, slopes.shape[0], -1))
@@ -137,7 +137,7 @@ class _MLPBlock(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, eps: float, dropout_p: float, stream: Tensor | None,
-        main_grads: tuple[Tensor, ...] | None, *weights: Tensor,
+        main_grads: tuple[Tensor | None, ...] | None, *weights: Tensor,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         w = MLPWeights(*weights)
         gate_value = F.linear(hidden, w.gate_value_weight)  # (rows, 2 * intermediate)

@@ -64,9 +64,9 @@ def _on_triton(x: Tensor) -> bool:
 
 
 def add_layer_norm_dropout(
-    x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+    x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout_p: float
 ) -> Tensor:
-    """The embedding's LayerNorm and dropout; see `reference.add_layer_norm_dropout`."""
+    """The embedding's norm and dropout; see `reference.add_layer_norm_dropout`."""
     if _on_triton(x):
         from mosaicbert_ds.ops import layernorm_dropout_triton
 

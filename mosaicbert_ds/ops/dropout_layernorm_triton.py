@@ -14,7 +14,9 @@ once, and one sum over them ends it: no atomics, so the same bits each time.
 
 With `keep_sum` (pre-LN) h goes to memory too, and y is the norm of what went there. Its own gradient is added
 to dh in the same pass; h is then read instead of x and r: forward 4 bytes in, 4 out; backward 6 in, 4 out.
-Source: https://arxiv.org/abs/1607.06450.
+
+Without a bias it is RMSNorm: the same without mean(h) and mean(g).
+Sources: https://arxiv.org/abs/1607.06450 and https://arxiv.org/abs/1910.07467.
 """
 
 import torch
@@ -53,13 +55,14 @@ def _sum_of(x, shift, residual, keep, place, mask, THRESHOLD: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows"])
 def _layer_norm_forward(
     x, x_bias, residual, weight, bias, out, sum_out, mean_out, rstd_out, seed, num_rows, eps,
-    width: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SUM: tl.constexpr,
+    width: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SUM: tl.constexpr, RMS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < width
     scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
-    offset = tl.load(bias + column, inside, other=0.0).to(tl.float32)
+    if not RMS:
+        offset = tl.load(bias + column, inside, other=0.0).to(tl.float32)
     shift = tl.load(x_bias + column, inside, other=0.0).to(tl.float32)
     for first in tl.range(tl.program_id(0) * ROWS, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
@@ -71,13 +74,17 @@ def _layer_norm_forward(
             rounded = h.to(sum_out.dtype.element_ty)
             tl.store(sum_out + place, rounded, mask)
             h = rounded.to(tl.float32)
-        mean = tl.sum(h, axis=1, keep_dims=True) / width
-        centred = tl.where(inside, h - mean, 0.0)
+        centred = h  # zero outside
+        if not RMS:
+            mean = tl.sum(h, axis=1, keep_dims=True) / width
+            centred = tl.where(inside, h - mean, 0.0)
+            tl.store(mean_out + row, mean, row < num_rows)
         variance = tl.sum(centred * centred, axis=1, keep_dims=True) / width
         rstd = 1.0 / tl.sqrt(variance + eps)
-        y = centred * rstd * scale + offset
+        y = centred * rstd * scale
+        if not RMS:
+            y += offset
         tl.store(out + place, y.to(out.dtype.element_ty), mask)
-        tl.store(mean_out + row, mean, row < num_rows)
         tl.store(rstd_out + row, rstd, row < num_rows)
 
 
@@ -85,7 +92,7 @@ def _layer_norm_forward(
 def _layer_norm_backward(
     x, x_bias, residual, total, weight, d_out, d_sum, mean_in, rstd_in, d_x, d_residual, partial, seed,
     num_rows,
-    width: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SUM: tl.constexpr,
+    width: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SUM: tl.constexpr, RMS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """With KEEP_SUM h is `total` and its gradient `d_sum`; else it is made of x, x_bias and residual."""
@@ -108,13 +115,18 @@ def _layer_norm_backward(
         else:
             h = _sum_of(x, shift, residual, keep, place, mask, THRESHOLD)
         dy = tl.load(d_out + place, mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_in + row, row < num_rows, other=0.0)
         rstd = tl.load(rstd_in + row, row < num_rows, other=0.0)
-        n = tl.where(inside, (h - mean) * rstd, 0.0)
         g = dy * scale
-        mean_g = tl.sum(g, axis=1, keep_dims=True) / width
-        mean_gn = tl.sum(g * n, axis=1, keep_dims=True) / width
-        dh = (g - mean_g - n * mean_gn) * rstd
+        if RMS:
+            n = h * rstd
+            mean_gn = tl.sum(g * n, axis=1, keep_dims=True) / width
+            dh = (g - n * mean_gn) * rstd
+        else:
+            mean = tl.load(mean_in + row, row < num_rows, other=0.0)
+            n = tl.where(inside, (h - mean) * rstd, 0.0)
+            mean_g = tl.sum(g, axis=1, keep_dims=True) / width
+            mean_gn = tl.sum(g * n, axis=1, keep_dims=True) / width
+            dh = (g - mean_g - n * mean_gn) * rstd
         if KEEP_SUM:
             dh += tl.load(d_sum + place, mask, other=0.0).to(tl.float32)
         if THRESHOLD > 0:
@@ -122,7 +134,8 @@ def _layer_norm_backward(
             dh = tl.where(keep, dh * keep_scale(THRESHOLD), 0.0)
         tl.store(d_x + place, dh.to(d_x.dtype.element_ty), mask)
         d_weight += dy * n
-        d_bias += dy
+        if not RMS:
+            d_bias += dy
         d_x_bias += dh
     column = tl.arange(0, COLUMNS)
     target = partial + program * 3 * width + column  # partial: (programs, 3, width)
@@ -133,21 +146,24 @@ def _layer_norm_backward(
 
 @torch.library.custom_op("mosaicbert_ds::dropout_add_layer_norm", mutates_args=())
 def layer_norm_forward(
-    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor,
+    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None,
     seed: Tensor | None, eps: float, dropout_p: float, keep_sum: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """LayerNorm(h), mean and 1 / std of each row in fp32, and with `keep_sum` h in x's dtype (else empty);
-    h = dropout(x + x_bias) + residual."""
+    """LayerNorm(h), mean (empty in RMSNorm) and 1 / std of each row in fp32, and with `keep_sum` h in x's
+    dtype (else empty); h = dropout(x + x_bias) + residual."""
     x, residual = x.contiguous(), residual.contiguous()
     num_rows, width = x.shape
     out = torch.empty_like(x)
     total = torch.empty_like(x) if keep_sum else x.new_empty(0)
-    mean, rstd = (torch.empty(num_rows, device=x.device, dtype=torch.float32) for _ in range(2))
+    rms = bias is None
+    mean, rstd = (
+        torch.empty(rows, device=x.device, dtype=torch.float32) for rows in (0 if rms else num_rows, num_rows)
+    )
     if num_rows:
         programs = min(FORWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
         _layer_norm_forward[(programs,)](
             x, x_bias, residual, weight, bias, out, total, mean, rstd, seed, num_rows, eps,
-            width, drop_threshold(dropout_p), keep_sum, ROWS, triton.next_power_of_2(max(width, 8)),
+            width, drop_threshold(dropout_p), keep_sum, rms, ROWS, triton.next_power_of_2(max(width, 8)),
             FORWARD_STAGES, num_warps=WARPS,
         )  # fmt: skip
     return out, mean, rstd, total
@@ -158,7 +174,8 @@ def layer_norm_backward(
     x: Tensor | None, x_bias: Tensor | None, residual: Tensor | None, total: Tensor | None, weight: Tensor,
     d_out: Tensor, d_sum: Tensor | None, mean: Tensor, rstd: Tensor, seed: Tensor | None, dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """d_x, d_residual (empty without dropout: it is d_x) and (3, width) fp32: d_weight, d_bias, d_x_bias.
+    """d_x, d_residual (empty without dropout: it is d_x) and (3, width) fp32: d_weight, d_bias (zero in
+    RMSNorm), d_x_bias.
 
     Give x, x_bias and residual, or where the forward kept the sum `total` and its own gradient `d_sum`.
     """
@@ -172,17 +189,18 @@ def layer_norm_backward(
     partial = torch.empty(programs, 3, width, device=d_out.device, dtype=torch.float32)
     _layer_norm_backward[(programs,)](
         x, x_bias, residual, total, weight, d_out, d_sum, mean, rstd, d_x, d_residual, partial, seed,
-        num_rows, width, threshold, total is not None, ROWS, triton.next_power_of_2(max(width, 8)),
-        BACKWARD_STAGES, num_warps=WARPS,
+        num_rows, width, threshold, total is not None, len(mean) < num_rows, ROWS,
+        triton.next_power_of_2(max(width, 8)), BACKWARD_STAGES, num_warps=WARPS,
     )  # fmt: skip
     return d_x, d_residual, partial.sum(0)
 
 
 @layer_norm_forward.register_fake
 def _(x, x_bias, residual, weight, bias, seed, eps, dropout_p, keep_sum=False):
-    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
-    total = x.new_empty(x.shape if keep_sum else 0)
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics), total
+    mean, rstd = (
+        x.new_empty(rows, dtype=torch.float32) for rows in (0 if bias is None else x.shape[0], x.shape[0])
+    )
+    return x.new_empty(x.shape), mean, rstd, x.new_empty(x.shape if keep_sum else 0)
 
 
 @layer_norm_backward.register_fake
@@ -192,7 +210,8 @@ def _(x, x_bias, residual, total, weight, d_out, d_sum, mean, rstd, seed, dropou
 
 
 def _save(ctx, inputs, output):
-    x, x_bias, residual, weight, _, seed, _, ctx.dropout_p, ctx.keep_sum = inputs
+    x, x_bias, residual, weight, bias, seed, _, ctx.dropout_p, ctx.keep_sum = inputs
+    ctx.rms = bias is None
     _, mean, rstd, total = output
     summands = (None, None, None, total) if ctx.keep_sum else (x, x_bias, residual, None)
     ctx.save_for_backward(*summands, weight, mean, rstd, seed)
@@ -206,6 +225,7 @@ def _backward(ctx, d_out, d_mean, d_rstd, d_sum):
     if not drop_threshold(ctx.dropout_p):
         d_residual = d_x
     d_weight, d_bias, d_x_bias = (gradient.to(weight.dtype) for gradient in sums)
+    d_bias = None if ctx.rms else d_bias
     return d_x, d_x_bias, d_residual, d_weight, d_bias, None, None, None, None
 
 
@@ -213,7 +233,13 @@ layer_norm_forward.register_autograd(_backward, setup_context=_save)
 
 
 def dropout_add_layer_norm(
-    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+    x: Tensor,
+    x_bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
 ) -> Tensor:
     """LayerNorm(dropout(x + x_bias) + residual): x, residual (tokens, hidden) -> (tokens, hidden)."""
     seed = draw_seed(x.device) if drop_threshold(dropout_p) else None
@@ -221,7 +247,13 @@ def dropout_add_layer_norm(
 
 
 def dropout_add_and_layer_norm(
-    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+    x: Tensor,
+    x_bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """`reference.dropout_add_and_layer_norm` defines it."""
     seed = draw_seed(x.device) if drop_threshold(dropout_p) else None

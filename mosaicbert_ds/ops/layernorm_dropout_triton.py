@@ -6,7 +6,8 @@ With n the normalised row, g = dropout's mask and scale applied to dy, times wei
     dh = (g - mean(g) - n * mean(g * n)) / std,   dx = dh,   dkind = dh, or its sum over the rows
 
 `kind` is one row for all tokens (all of one type) or a row for each. Memory traffic an element in bf16 with
-one row: forward 2 bytes in, 2 out; backward 4 in, 2 out.
+one row: forward 2 bytes in, 2 out; backward 4 in, 2 out. Without a bias it is RMSNorm: the same without
+mean(h) and mean(g).
 """
 
 from typing import Any
@@ -27,34 +28,39 @@ FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 132 * 16, 132 * 8
 @triton.jit(do_not_specialize=["num_rows"])
 def _layer_norm_dropout_forward(
     x, kind, kind_stride, weight, bias, out, mean_out, rstd_out, seed, num_rows, eps,
-    width: tl.constexpr, THRESHOLD: tl.constexpr, COLUMNS: tl.constexpr,
+    width: tl.constexpr, THRESHOLD: tl.constexpr, RMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)[None, :]
     inside = column < width
     scale = tl.load(weight + column, inside, other=0.0).to(tl.float32)
-    offset = tl.load(bias + column, inside, other=0.0).to(tl.float32)
+    if not RMS:
+        offset = tl.load(bias + column, inside, other=0.0).to(tl.float32)
     for first in tl.range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = first + tl.zeros([1, 1], tl.int32)
         place = row.to(tl.int64) * width + column
         h = tl.load(x + place, inside, other=0.0).to(tl.float32)
         h += tl.load(kind + row.to(tl.int64) * kind_stride + column, inside, other=0.0).to(tl.float32)
-        mean = tl.sum(h) / width
-        centred = tl.where(inside, h - mean, 0.0)
+        centred = h  # zero outside
+        if not RMS:
+            mean = tl.sum(h) / width
+            centred = tl.where(inside, h - mean, 0.0)
+            tl.store(mean_out + first, mean)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred) / width + eps)
-        y = centred * rstd * scale + offset
+        y = centred * rstd * scale
+        if not RMS:
+            y += offset
         if THRESHOLD > 0:
             octet = tl.arange(0, COLUMNS // 8)[None, :]
             keep = keep_mask(tl.load(seed), row, octet, 0, THRESHOLD, 1, COLUMNS)
             y = tl.where(keep, y * keep_scale(THRESHOLD), 0.0)
         tl.store(out + place, y.to(out.dtype.element_ty), inside)
-        tl.store(mean_out + first, mean)
         tl.store(rstd_out + first, rstd)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _layer_norm_dropout_backward(
     x, kind, kind_stride, weight, d_out, mean_in, rstd_in, d_x, partial, seed, num_rows,
-    width: tl.constexpr, THRESHOLD: tl.constexpr, COLUMNS: tl.constexpr,
+    width: tl.constexpr, THRESHOLD: tl.constexpr, RMS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     column = tl.arange(0, COLUMNS)[None, :]
@@ -74,9 +80,13 @@ def _layer_norm_dropout_backward(
         h = tl.load(x + place, inside, other=0.0).to(tl.float32)
         h += tl.load(kind + row.to(tl.int64) * kind_stride + column, inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_in + first)
-        n = tl.where(inside, (h - tl.load(mean_in + first)) * rstd, 0.0)
         g = dy * scale
-        dh = (g - tl.sum(g) / width - n * (tl.sum(g * n) / width)) * rstd
+        if RMS:
+            n = h * rstd
+            dh = (g - n * (tl.sum(g * n) / width)) * rstd
+        else:
+            n = tl.where(inside, (h - tl.load(mean_in + first)) * rstd, 0.0)
+            dh = (g - tl.sum(g) / width - n * (tl.sum(g * n) / width)) * rstd
         tl.store(d_x + place, dh.to(d_x.dtype.element_ty), inside)
         d_weight += dy * n
         d_bias += dy
@@ -90,8 +100,8 @@ def _layer_norm_dropout_backward(
 class _LayerNormDropout(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float,
-        main_grads: tuple[Tensor, ...] | None,
+        ctx: Any, x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout_p: float,
+        main_grads: tuple[Tensor | None, ...] | None,
     ) -> Tensor:  # fmt: skip
         x, kind = x.contiguous(), kind.contiguous()
         num_rows, width = x.shape
@@ -101,7 +111,8 @@ class _LayerNormDropout(torch.autograd.Function):
         if num_rows:
             _layer_norm_dropout_forward[(min(FORWARD_PROGRAMS, num_rows),)](
                 x, kind, width if len(kind) > 1 else 0, weight, bias, out, mean, rstd, seed, num_rows, eps,
-                width, drop_threshold(dropout_p), triton.next_power_of_2(max(width, 8)), num_warps=WARPS,
+                width, drop_threshold(dropout_p), bias is None, triton.next_power_of_2(max(width, 8)),
+                num_warps=WARPS,
             )  # fmt: skip
         ctx.save_for_backward(x, kind, weight, bias, mean, rstd, seed)
         ctx.dropout_p, ctx.main_grads = dropout_p, main_grads
@@ -116,8 +127,8 @@ class _LayerNormDropout(torch.autograd.Function):
         partial = torch.empty(programs, 3, width, device=x.device, dtype=torch.float32)
         _layer_norm_dropout_backward[(programs,)](
             x, kind, width if len(kind) > 1 else 0, weight, d_out.contiguous(), mean, rstd, d_x, partial,
-            seed, num_rows, width, drop_threshold(ctx.dropout_p), triton.next_power_of_2(max(width, 8)),
-            num_warps=WARPS,
+            seed, num_rows, width, drop_threshold(ctx.dropout_p), bias is None,
+            triton.next_power_of_2(max(width, 8)), num_warps=WARPS,
         )  # fmt: skip
         d_weight, d_bias, d_sum = partial.sum(0)
         d_kind = d_x if len(kind) > 1 else d_sum[None].to(kind.dtype)
@@ -125,7 +136,7 @@ class _LayerNormDropout(torch.autograd.Function):
 
 
 def add_layer_norm_dropout(
-    x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+    x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout_p: float
 ) -> Tensor:
     """`reference.add_layer_norm_dropout` defines it."""
     main_grads = main_grads_of((weight, bias))

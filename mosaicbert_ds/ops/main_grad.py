@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 
-def main_grads_of(weights: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """The weights' sums, None where they have none."""
+def main_grads_of(weights: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+    """The weights' sums, None where they have none. A weight of None, an RMSNorm's bias, has no sum."""
     if not hasattr(weights[0], "main_grad"):
         return None
-    return tuple(weight.main_grad for weight in weights)  # type: ignore[attr-defined]
+    return tuple(None if weight is None else weight.main_grad for weight in weights)  # type: ignore[attr-defined]
 
 
 def product(main_grad: Tensor | None, d_out: Tensor, x: Tensor) -> Tensor | None:
@@ -31,18 +31,22 @@ def product(main_grad: Tensor | None, d_out: Tensor, x: Tensor) -> Tensor | None
 
 
 def settle(
-    gradients: Sequence[Tensor | None], main_grads: Sequence[Tensor] | None, weights: Sequence[Tensor]
+    gradients: Sequence[Tensor | None],
+    main_grads: Sequence[Tensor | None] | None,
+    weights: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """What a backward returns: nothing after adding to the sums, or the gradients in the weights' dtype.
 
-    A gradient of None is in its sum already.
+    A gradient of None is in its sum already, or of no weight.
     """
     if main_grads is None:
-        return tuple(None if g is None else g.to(w.dtype) for g, w in zip(gradients, weights, strict=True))
-    pairs = [(total, g) for total, g in zip(main_grads, gradients, strict=True) if g is not None]
-    vectors = [(total, g) for total, g in pairs if g.dtype == torch.float32]  # one kernel for all of them
+        pairs = zip(gradients, weights, strict=True)
+        return tuple(None if g is None or w is None else g.to(w.dtype) for g, w in pairs)
+    sums = zip(main_grads, gradients, strict=True)
+    added = [(total, g) for total, g in sums if total is not None and g is not None]
+    vectors = [(total, g) for total, g in added if g.dtype == torch.float32]  # one kernel for all of them
     torch._foreach_add_([total for total, _ in vectors], [g for _, g in vectors])
-    for total, g in pairs:
+    for total, g in added:
         if g.dtype != torch.float32:
             total.add_(g)
     return (None,) * len(weights)

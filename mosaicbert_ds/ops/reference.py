@@ -106,14 +106,20 @@ def geglu(gate_value: Tensor, dropout_p: float = 0.0) -> Tensor:
     return F.dropout(F.gelu(gate) * value, dropout_p)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension. Source: https://arxiv.org/abs/1607.06450."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension, or where there is no bias, here and in all that follows, RMSNorm:
+    weight x / sqrt(mean(x^2) + eps).
+
+    Sources: https://arxiv.org/abs/1607.06450 and https://arxiv.org/abs/1910.07467.
+    """
+    if bias is None:
+        return F.rms_norm(x, weight.shape, weight, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def _wide_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`norm` in x's dtype, which is wider than the weights'."""
-    return norm(x, weight.to(x.dtype), bias.to(x.dtype), eps)
+def _wide_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """`layer_norm` in x's dtype, which is wider than the weights'."""
+    return layer_norm(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
 
 
 def _dropout_add(x: Tensor, x_bias: Tensor, residual: Tensor, dropout_p: float) -> Tensor:
@@ -123,22 +129,34 @@ def _dropout_add(x: Tensor, x_bias: Tensor, residual: Tensor, dropout_p: float) 
 
 
 def dropout_add_layer_norm(
-    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+    x: Tensor,
+    x_bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
 ) -> Tensor:
     """LayerNorm(dropout(x + x_bias) + residual) over the last dimension, sums and statistics in fp32.
 
     x, residual: (tokens, hidden); x_bias, weight, bias: (hidden,). Returns (tokens, hidden) in x's dtype.
     """
-    return _wide_norm(_dropout_add(x, x_bias, residual, dropout_p), weight, bias, eps).to(x.dtype)
+    return _wide_layer_norm(_dropout_add(x, x_bias, residual, dropout_p), weight, bias, eps).to(x.dtype)
 
 
 def dropout_add_and_layer_norm(
-    x: Tensor, x_bias: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+    x: Tensor,
+    x_bias: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm(h) and h itself, h = dropout(x + x_bias) + residual rounded to x's dtype."""
     total = _dropout_add(x, x_bias, residual, dropout_p).to(x.dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return _wide_norm(total.to(wide), weight, bias, eps).to(x.dtype), total
+    return _wide_layer_norm(total.to(wide), weight, bias, eps).to(x.dtype), total
 
 
 class AttentionWeights(NamedTuple):
@@ -149,7 +167,7 @@ class AttentionWeights(NamedTuple):
     dense_weight: Tensor  # (hidden, hidden)
     dense_bias: Tensor
     norm_weight: Tensor
-    norm_bias: Tensor
+    norm_bias: Tensor | None  # None: RMSNorm
 
 
 class MLPWeights(NamedTuple):
@@ -159,14 +177,14 @@ class MLPWeights(NamedTuple):
     down_weight: Tensor  # (hidden, intermediate)
     down_bias: Tensor
     norm_weight: Tensor
-    norm_bias: Tensor
+    norm_bias: Tensor | None
 
 
 def add_layer_norm_dropout(
-    x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float
+    x: Tensor, kind: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout_p: float
 ) -> Tensor:
     """dropout(LayerNorm(x + kind)): x (tokens, hidden), kind (tokens, hidden) or one row for all tokens."""
-    return F.dropout(norm(x + kind, weight, bias, eps), dropout_p)
+    return F.dropout(layer_norm(x + kind, weight, bias, eps), dropout_p)
 
 
 def attention_block(

@@ -100,18 +100,26 @@ def attention_block_of(block, positions, dropout_p):
     )  # fmt: skip
 
 
+def without_norm_bias(weights, norm):
+    """RMSNorm has none."""
+    return weights if norm == "layernorm" else weights._replace(norm_bias=None)
+
+
 def inputs_of(placement, rows):
     """hidden, and in pre-LN the residual stream; gradients of both outputs"""
     hidden, stream = normal(rows, HIDDEN), normal(rows, HIDDEN)
     return (hidden, stream if placement == "pre" else None), (normal(rows, HIDDEN), normal(rows, HIDDEN))
 
 
-@pytest.mark.parametrize("placement", ["post", "pre"])
+NORMS = [("layernorm", "post"), ("layernorm", "pre"), ("rmsnorm", "post"), ("rmsnorm", "pre")]
+
+
+@pytest.mark.parametrize(("norm", "placement"), NORMS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("positions", [None, [3, 0, 24, 11]])
-def test_attention_block_has_the_gradients_of_its_parts(positions, dropout_p, placement):
+def test_attention_block_has_the_gradients_of_its_parts(positions, dropout_p, norm, placement):
     inputs, d_outs = inputs_of(placement, sum(LENGTHS) + TRAILING)
-    weights = attention_weights()
+    weights = without_norm_bias(attention_weights(), norm)
     if positions is not None:
         positions = torch.tensor(positions, device=DEVICE)
     block, chain = (
@@ -125,11 +133,11 @@ def test_attention_block_has_the_gradients_of_its_parts(positions, dropout_p, pl
         assert_close(found, gradients(exact, inputs, weights, d_outs, torch.float64))
 
 
-@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize(("norm", "placement"), NORMS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_mlp_block_has_the_gradients_of_its_parts(dropout_p, placement):
+def test_mlp_block_has_the_gradients_of_its_parts(dropout_p, norm, placement):
     inputs, d_outs = inputs_of(placement, 20)
-    weights = mlp_weights()
+    weights = without_norm_bias(mlp_weights(), norm)
 
     def of(block):
         return lambda hidden, stream, weights: block(hidden, MLPWeights(*weights), EPS, dropout_p, stream)
@@ -143,10 +151,11 @@ def test_mlp_block_has_the_gradients_of_its_parts(dropout_p, placement):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("kinds", [1, 9])
-def test_embedding_norm_has_the_gradients_of_its_parts(kinds, dropout_p):
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_embedding_norm_has_the_gradients_of_its_parts(norm, kinds, dropout_p):
     op = layernorm_dropout_triton.add_layer_norm_dropout
     x, d_out = normal(9, HIDDEN), normal(9, HIDDEN)
-    weights = [normal(kinds, HIDDEN), normal(HIDDEN), normal(HIDDEN)]
+    weights = [normal(kinds, HIDDEN), normal(HIDDEN), normal(HIDDEN) if norm == "layernorm" else None]
     torch.manual_seed(0)
     ones = torch.ones(HIDDEN, device=DEVICE)  # a LayerNorm of zeros is its bias: what is kept of ones
     kept = op(torch.zeros_like(x), torch.zeros_like(weights[0]), ones, ones, EPS, dropout_p)
@@ -171,19 +180,25 @@ DTYPES = [torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_with_a_main_grad_get_their_gradients_added_there(dtype):
-    hidden, weights = normal(20, HIDDEN).to(dtype), mlp_weights(dtype)
-    for w in weights:
-        w.requires_grad_()
-    d_out = normal(20, HIDDEN).to(dtype)
-    blocks_triton.mlp_block(hidden, weights, EPS, 0.0)[0].backward(d_out)
-    expected = [w.grad.float() for w in weights]
-    for w in weights:
+@pytest.mark.parametrize(("norm", "placement"), [NORMS[0], NORMS[-1]])
+def test_weights_with_a_main_grad_get_their_gradients_added_there(dtype, norm, placement):
+    inputs, d_outs = ([x if x is None else x.to(dtype) for x in part] for part in inputs_of(placement, 20))
+    hidden, stream = inputs
+    weights = without_norm_bias(mlp_weights(dtype), norm)
+    given = [w.requires_grad_() for w in weights if w is not None]
+
+    def add_gradients():
+        outs = blocks_triton.mlp_block(hidden, weights, EPS, 0.0, stream)
+        torch.autograd.backward([out for out in outs if out is not None], d_outs[: 1 + (placement == "pre")])
+
+    add_gradients()
+    expected = [w.grad.float() for w in given]
+    for w in given:
         w.grad, w.main_grad = None, torch.full_like(w, 2.0, dtype=torch.float32)
     for _ in range(3):
-        blocks_triton.mlp_block(hidden, weights, EPS, 0.0)[0].backward(d_out)
-    assert all(w.grad is None for w in weights)
-    for w, once in zip(weights, expected, strict=True):
+        add_gradients()
+    assert all(w.grad is None for w in given)
+    for w, once in zip(given, expected, strict=True):
         # A gradient rounded to bf16 against one that may never have been: half a unit in the last of 8 bits.
         tolerance = 1e-5 if dtype == torch.float32 else 2**-8
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Where the network may differ from the published one: the placement of its norms.
+"""Where the network may differ from the published one: its norms and their placement.
 
 Truth is the network written out in float64, sequence by sequence, from the weights alone.
 """
@@ -22,8 +22,8 @@ SHAPE = {
     "intermediate_size": 48,
     "vocab_size": 128,
 }
-PUBLISHED = {"norm_placement": "post"}
-VARIANTS = [{"norm_placement": "pre"}]
+PUBLISHED = {"norm": "layernorm", "norm_placement": "post"}
+VARIANTS = [{"norm_placement": "pre"}, {"norm": "rmsnorm"}, {"norm_placement": "pre", "norm": "rmsnorm"}]
 LENGTHS = (11, 1, 7)
 MASKED = [2, 5, 6, 10, 11, 14, 18]  # of each sequence some
 
@@ -72,9 +72,12 @@ def padded_of(batch):
 def written_out(model, input_ids, variant):
     """The hidden states (tokens, hidden) of one sequence, in float64."""
     w = {name: weight.double() for name, weight in model.state_dict().items()}
+    variant = PUBLISHED | variant
     heads, is_pre = SHAPE["num_attention_heads"], variant["norm_placement"] == "pre"
 
     def norm(x, name):
+        if variant["norm"] == "rmsnorm":
+            return w[f"{name}.weight"] * x / (x.square().mean(-1, keepdim=True) + 1e-12).sqrt()
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-12)
 
     def attend(x, name):
@@ -182,3 +185,10 @@ def test_both_placements_have_the_same_parameters_by_the_same_names():
         for variant in (PUBLISHED, {"norm_placement": "pre"})
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_rmsnorm_lacks_the_biases_of_the_norms_and_nothing_else():
+    names = {name for name, _ in model_of(PUBLISHED).named_parameters()}
+    lacking = names - {name for name, _ in model_of({"norm": "rmsnorm"}).named_parameters()}
+    assert len(lacking) == 2 * SHAPE["num_hidden_layers"] + 2
+    assert all(name.lower().endswith("layernorm.bias") for name in lacking)
