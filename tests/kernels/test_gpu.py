@@ -6,6 +6,8 @@ Truth is the reference arithmetic on float64 inputs; a kernel may be at most 1.2
 same reference in bf16. Inputs are fresh in each run, and memory is poisoned with NaN before each call.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,7 +15,15 @@ from mosaicbert_ds.ops import reference
 
 pytest.importorskip("triton")
 
-from mosaicbert_ds.ops import attention_triton, dropout_layernorm_triton, geglu_triton, masked_lm_loss_triton
+from mosaicbert_ds.ops import (
+    attention_triton,
+    blocks_triton,
+    dropout_layernorm_triton,
+    geglu_triton,
+    layernorm_dropout_triton,
+    masked_lm_loss_triton,
+)
+from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +41,8 @@ LENGTHS = [
     [1024, 1, 129, 0, 511, 2, 128],
     [8192, 3, 700, 128],
 ]
+# Of operations that work row by row.
+ROWS = [1, 2, 15, 16, 17, 127, 128, 129, 511, 1024, 8192]
 
 
 def normal(*shape, scale=1.0):
@@ -39,23 +51,6 @@ def normal(*shape, scale=1.0):
 
 def cu_seqlens_of(lengths):
     return torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Fresh memory holds NaN, so that an element which no kernel wrote shows."""
-
-    def poison(new):
-        def make(*args, **kwargs):
-            tensor = new(*args, **kwargs)
-            poison_it = tensor.is_floating_point() and not tensor.requires_grad
-            return tensor.fill_(float("nan")) if poison_it else tensor
-
-        return make
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
 def run(function, inputs, weight, dtype):
@@ -132,7 +127,7 @@ def test_attention_gradients_have_the_same_bits_each_time():
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("length", [100, 300])
+@pytest.mark.parametrize("length", [17, 128, 129, 300, 1024])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_attention_dropout_has_one_mask_for_both_passes(length, head_dim):
     """With v the identity the output is the dropped probabilities, which shows the mask."""
@@ -167,7 +162,7 @@ def test_attention_dropout_has_one_mask_for_both_passes(length, head_dim):
     )
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 3072), (513, 3072), (16, 1024), (7, 4096), (3, 24)])
+@pytest.mark.parametrize(("rows", "width"), [*((rows, 3072) for rows in ROWS), (511, 4096), (3, 24)])
 def test_geglu_is_as_exact_as_torch(poisoned, rows, width):
     assert_as_exact_as_torch(
         geglu_triton.geglu, reference.geglu, [normal(rows, 2 * width)], normal(rows, width)
@@ -206,7 +201,10 @@ def layer_norm_inputs(rows, width):
     return [normal(*shape) for shape in ((rows, width), (width,), (rows, width), (width,), (width,))]
 
 
-@pytest.mark.parametrize(("rows", "width"), [(1, 768), (5000, 768), (700, 1024), (3, 24)])
+WIDTHS = [*((rows, 768) for rows in ROWS), (511, 1024), (3, 24)]
+
+
+@pytest.mark.parametrize(("rows", "width"), WIDTHS)
 def test_layer_norm_is_as_exact_as_torch(poisoned, rows, width):
     inputs = layer_norm_inputs(rows, width)
     found = assert_as_exact_as_torch(
@@ -254,7 +252,91 @@ def test_layer_norm_dropout_has_one_mask_for_both_passes(poisoned):
     )
 
 
-@pytest.mark.parametrize(("rows", "vocab"), [(50, 30528), (777, 30528), (64, 1000)])
+@pytest.mark.parametrize("one_kind", [True, False])
+@pytest.mark.parametrize(("rows", "width"), WIDTHS)
+def test_embedding_norm_is_as_exact_as_torch(poisoned, rows, width, one_kind):
+    assert_as_exact_as_torch(
+        lambda *x: layernorm_dropout_triton.add_layer_norm_dropout(*x, 1e-12, 0.0),
+        lambda *x: reference.add_layer_norm_dropout(*x, 1e-12, 0.0),
+        [normal(rows, width), normal(1 if one_kind else rows, width), normal(width), normal(width)],
+        normal(rows, width),
+    )
+
+
+def test_embedding_dropout_has_one_mask_for_both_passes(poisoned):
+    rows, width, p = 3000, 768, 0.1
+    ones, zeros = torch.ones(width, device="cuda").bfloat16(), normal(rows, width, scale=0)
+
+    def dropped(*x):
+        torch.manual_seed(5)
+        return layernorm_dropout_triton.add_layer_norm_dropout(*x, 1e-12, p)
+
+    keep = dropped(zeros, zeros[:1], ones, ones) > 0  # the LayerNorm of zeros is its bias
+    assert abs(keep.double().mean() - (1 - p)) < 4 * (p * (1 - p) / keep.numel()) ** 0.5
+    assert_as_exact_as_torch(
+        dropped,
+        lambda *x: reference.add_layer_norm_dropout(*x, 1e-12, 0.0) * keep / (1 - p),
+        [normal(rows, width), normal(1, width), normal(width), normal(width)],
+        normal(rows, width),
+    )
+
+
+def matrix(rows, columns):
+    return normal(rows, columns, scale=columns**-0.5)
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(
+    "lengths", [[128, 1, 17, 0, 127, 64, 2, 90], [1024, 1, 129, 0, 511, 2, 128]], ids=len
+)
+def test_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim, placement):
+    tokens, width, heads = sum(lengths) + 37, 768, 768 // head_dim
+    arguments = (reference.alibi_slopes(heads, "cuda"), cu_seqlens_of(lengths), max(lengths))
+    streams = [normal(tokens, width)] if placement == "pre" else []
+    weights = [
+        matrix(3 * width, width), normal(3 * width), matrix(width, width),
+        *(normal(width) for _ in range(3)),
+    ]  # fmt: skip
+    for positions in (None, torch.randperm(sum(lengths), device="cuda")[:200]):
+
+        def half(block, hidden, *rest, positions=positions):
+            stream = rest[0] if streams else None
+            named = AttentionWeights(*rest[len(streams) :])
+            outs = block(hidden, named, *arguments, positions, 1e-12, 0.0, 0.0, stream)
+            return torch.cat([out for out in outs if out is not None])
+
+        rows = tokens if positions is None else len(positions)
+        assert_as_exact_as_torch(
+            partial(half, blocks_triton.attention_block),
+            partial(half, reference.attention_block),
+            [normal(tokens, width), *streams, *weights],
+            normal(rows * (1 + len(streams)), width),
+        )
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize(
+    ("rows", "width", "intermediate"), [(1, 768, 3072), (511, 768, 3072), (129, 1024, 4096)]
+)
+def test_mlp_block_is_as_exact_as_torch(poisoned, rows, width, intermediate, placement):
+    streams = [normal(rows, width)] if placement == "pre" else []
+    weights = [matrix(2 * intermediate, width), matrix(width, intermediate), *(normal(width) for _ in "bwo")]
+
+    def half(block, hidden, *rest):
+        stream = rest[0] if streams else None
+        outs = block(hidden, MLPWeights(*rest[len(streams) :]), 1e-12, 0.0, stream)
+        return torch.cat([out for out in outs if out is not None])
+
+    assert_as_exact_as_torch(
+        partial(half, blocks_triton.mlp_block),
+        partial(half, reference.mlp_block),
+        [normal(rows, width), *streams, *weights],
+        normal(rows * (1 + len(streams)), width),
+    )
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(17, 30528), (129, 30528), (8192, 30528), (64, 1000)])
 def test_loss_is_as_exact_as_torch(poisoned, rows, vocab):
     hidden, weight, bias = normal(rows, 768), normal(vocab, 768, scale=0.05), normal(vocab)
     labels = torch.randint(vocab, (rows,), device="cuda")
