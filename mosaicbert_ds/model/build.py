@@ -27,8 +27,7 @@ def to_hf_config(config: ModelConfig) -> MosaicBertConfig | BertConfig:
         "initializer_range": config.initializer_range,
     }
     if config.architecture == "mosaicbert":
-        facts |= {key: getattr(config, key) for key in ("norm", "norm_placement", "masked_only_layers")}
-        return MosaicBertConfig(**facts)
+        return MosaicBertConfig(**facts, norm=config.norm, norm_placement=config.norm_placement)
     # No cache: an encoder has none, and with checkpointing transformers would warn about it in each step.
     return BertConfig(**facts, max_position_embeddings=config.max_position_embeddings, use_cache=False)
 

@@ -39,7 +39,6 @@ OTHER_KEYS = (
     "initializer_range",
     "norm",
     "norm_placement",
-    "masked_only_layers",
     "pad_token_id",
     "id2label",
     "label2id",

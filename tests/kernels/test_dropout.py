@@ -87,7 +87,7 @@ SHORT, LONG = [5, 0, 17, 1], [130, 3]  # one tile; blocks
 ON_GPU = [
     pytest.param(lengths, heads, head_dim, marks=pytest.mark.gpu)
     for lengths, heads in (([1, 2, 15, 16, 17, 127, 128], 16), ([129, 511, 2, 1024], 3), ([8192, 3], 1))
-    for head_dim in (32, 64, 128)
+    for head_dim in (32, 64)  # at 128 the compiler takes minutes over fp32 products
 ]
 
 
