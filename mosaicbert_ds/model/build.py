@@ -27,7 +27,8 @@ def to_hf_config(config: ModelConfig) -> MosaicBertConfig | BertConfig:
         "initializer_range": config.initializer_range,
     }
     if config.architecture == "mosaicbert":
-        return MosaicBertConfig(**facts, norm=config.norm, norm_placement=config.norm_placement)
+        facts |= {key: getattr(config, key) for key in ("norm", "norm_placement", "masked_only_layers")}
+        return MosaicBertConfig(**facts)
     # No cache: an encoder has none, and with checkpointing transformers would warn about it in each step.
     return BertConfig(**facts, max_position_embeddings=config.max_position_embeddings, use_cache=False)
 

@@ -11,7 +11,8 @@ VOCAB_MULTIPLE = 64  # a matrix product over the vocabulary is fastest when its 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
-_MOSAICBERT_ALONE = {"norm": "layernorm", "norm_placement": "post"}
+# Keys that architecture bert must leave at the published value.
+_MOSAICBERT_ALONE = {"norm": "layernorm", "norm_placement": "post", "masked_only_layers": 0}
 
 
 @recipe_part
@@ -32,9 +33,8 @@ class ModelConfig:
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     # Of mosaicbert alone, each with its published value first.
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_placement: Literal["post", "pre"] = (
-        "post"  # behind the sum with the residual, or before attention and MLP
-    )
+    norm_placement: Literal["post", "pre"] = "post"  # of the residual's sum, or of what a half reads
+    masked_only_layers: Annotated[int, Field(ge=0)] = 0  # the last ones compute nothing else (NarrowBERT)
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, slower
 
     def __post_init__(self) -> None:
@@ -43,6 +43,11 @@ class ModelConfig:
                 raise ValueError(
                     f"{key} {getattr(self, key)} is mosaicbert's alone; architecture bert has {published}"
                 )
+        if self.masked_only_layers >= self.num_hidden_layers:
+            raise ValueError(
+                f"masked_only_layers {self.masked_only_layers} leaves none of the {self.num_hidden_layers} "
+                f"layers to all tokens; give at most {self.num_hidden_layers - 1}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "

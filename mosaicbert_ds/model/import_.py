@@ -39,6 +39,7 @@ OTHER_KEYS = (
     "initializer_range",
     "norm",
     "norm_placement",
+    "masked_only_layers",
     "pad_token_id",
     "id2label",
     "label2id",

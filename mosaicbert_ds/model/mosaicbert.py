@@ -45,6 +45,7 @@ class MosaicBertConfig(PretrainedConfig):
     initializer_range: float = 0.02
     norm: str = "layernorm"
     norm_placement: str = "post"
+    masked_only_layers: int = 0
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
 
@@ -161,8 +162,13 @@ class MosaicBertAttention(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         positions: Tensor | None,
+        memory: Tensor | None,
+        queries: ops.Queries | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden, stream (tokens, hidden) -> the same, or (positions, hidden) for those rows alone"""
+        """hidden, stream (tokens, hidden) -> the same, or (positions, hidden) for those rows alone
+
+        With `memory` (tokens, hidden), of which keys and values are: (queries, hidden) -> the same.
+        """
         qkv, dense, norm = self.self.Wqkv, self.output.dense, self.output.LayerNorm
         return ops.attention_block(
             hidden,
@@ -175,6 +181,8 @@ class MosaicBertAttention(nn.Module):
             self.attention_dropout_p if self.training else 0.0,
             self.hidden_dropout_p if self.training else 0.0,
             stream,
+            memory,
+            queries,
         )
 
 
@@ -209,8 +217,12 @@ class MosaicBertLayer(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         positions: Tensor | None,
+        memory: Tensor | None,
+        queries: ops.Queries | None,
     ) -> tuple[Tensor, Tensor | None]:
-        return self.mlp(*self.attention(hidden, stream, slopes, cu_seqlens, max_seqlen, positions))
+        return self.mlp(
+            *self.attention(hidden, stream, slopes, cu_seqlens, max_seqlen, positions, memory, queries)
+        )
 
 
 class MosaicBertEncoder(nn.Module):
@@ -222,11 +234,20 @@ class MosaicBertEncoder(nn.Module):
     before the first half is the embedding's: its output starts the stream, and a second norm right behind it
     would change nothing but scales (as in ModernBERT, https://arxiv.org/abs/2412.13663). Parameters and their
     names are thus the same in both.
+
+    The last `masked_only_layers` are NarrowBERT's with sparse queries (https://arxiv.org/abs/2301.04761):
+    only the positions that are read go through them (in pretraining the masked ones, in classification the
+    first tokens, as published), and their keys and values are made of what the first of them reads, all
+    tokens as the last full layer left them. So a position's output does not depend on which others are read:
+    where all are, as through the padded face, it is the same. With one such layer the network is the plain
+    one; with more it is another, also where all positions are read, because the plain one's upper layers
+    read keys and values that the layers before have renewed.
     """
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
         self.is_pre = config.norm_placement == "pre"
+        self.num_full_layers = config.num_hidden_layers - config.masked_only_layers
         self.num_heads = config.num_attention_heads
         self.layer = nn.ModuleList(MosaicBertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False  # also what transformers' gradient_checkpointing_enable() sets
@@ -247,16 +268,28 @@ class MosaicBertEncoder(nn.Module):
         # Made anew in each call, not kept as a buffer: a model cast to bf16 would round the slopes.
         slopes = ops.alibi_slopes(self.num_heads, hidden.device)
         stream = hidden if self.is_pre else None
-        outputs = [hidden]
-        for layer in self.layer:
+        outputs, memory, queries, row_of_position = [hidden], None, None, None
+        for number, layer in enumerate(self.layer):
+            if number == self.num_full_layers:
+                memory = hidden
+                if positions is None:  # all tokens ask
+                    queries = ops.Queries(torch.arange(len(hidden), device=hidden.device), cu_seqlens)
+                else:
+                    queries, row_of_position = ops.queries_at(positions, cu_seqlens, len(hidden))
+                    asking = queries.rows.clamp(max=len(hidden) - 1)
+                    hidden = hidden.index_select(0, asking)
+                    stream = None if stream is None else stream.index_select(0, asking)
             is_last = layer is self.layer[-1]
-            arguments = (hidden, stream, slopes, cu_seqlens, max_seqlen, positions if is_last else None)
+            rows = positions if is_last and memory is None else None
+            arguments = (hidden, stream, slopes, cu_seqlens, max_seqlen, rows, memory, queries)
             if self.gradient_checkpointing and self.training:
                 hidden, stream = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 hidden, stream = layer(*arguments)
             if every_layer:
                 outputs.append(hidden if is_last or stream is None else stream)
+        if row_of_position is not None:
+            hidden = hidden.index_select(0, row_of_position)
         return tuple(outputs) if every_layer else (hidden,)
 
 

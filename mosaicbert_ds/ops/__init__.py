@@ -11,14 +11,17 @@ from mosaicbert_ds.ops.reference import (
     IGNORED_LABEL,
     AttentionWeights,
     MLPWeights,
+    Queries,
     alibi_slopes,
     layer_norm,
+    queries_at,
 )
 
 __all__ = [
     "IGNORED_LABEL",
     "AttentionWeights",
     "MLPWeights",
+    "Queries",
     "add_layer_norm_dropout",
     "alibi_slopes",
     "attention_block",
@@ -26,4 +29,5 @@ __all__ = [
     "layer_norm",
     "masked_lm_loss",
     "mlp_block",
+    "queries_at",
 ]

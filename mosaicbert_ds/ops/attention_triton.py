@@ -13,7 +13,8 @@ kept, (heads, tokens) fp32. Nothing is summed with atomics, so gradients have th
   head_dim a token and writes 1, the backward pass computes dQ, dK and dV at once and reads 4, writes 3. At
   head_dim 64 that is memory-bound; what it takes is few instructions a score and several programs an SM.
 - Longer sequences go by blocks of queries and keys (forward and dQ: a program owns queries and walks over
-  keys; dK and dV: a program owns keys and walks over queries).
+  keys; dK and dV: a program owns keys and walks over queries). So do packed subsets of the queries
+  (`reference.Queries`) at all lengths: their rows say where each stands, all tokens are keys.
 
 Scores are kept in base 2. A key that does not exist stands at position 1e30, so that the bias itself removes
 it and no score is masked a second time. Rows behind cu_seqlens[-1] are written as zeros.
@@ -28,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold, keep_mask, keep_scale
+from mosaicbert_ds.ops.reference import Queries
 
 HEAD_DIMS = (16, 32, 64, 128)
 ONE_TILE_LENGTH = 128
@@ -36,7 +38,10 @@ LOG2_E = 1.4426950408889634
 SMALLEST_SLOPE = 1e-20
 
 # Arguments that change from batch to batch and must not compile a kernel anew.
-SHAPE = ["num_tokens", "num_sequences", "blocks", "heads"]
+SHAPE = ["num_tokens", "num_queries", "num_sequences", "blocks", "heads"]
+
+
+SUBSET_QUERIES = 64  # a block's, at most: of a sequence of 128 tokens some 20 to 40 are masked
 
 
 class Launch(NamedTuple):
@@ -81,6 +86,16 @@ def _bias(query, key, slope):
 def _positions(index, length):
     """Positions as fp32, far away where there is no token."""
     return tl.where(index < length, index.to(tl.float32), 1e30)
+
+
+@triton.jit
+def _query_positions(query, rows, first_query, num_asked, first_token, SUBSET: tl.constexpr):
+    """Of a sequence's queries, in fp32: all its tokens in order, or with SUBSET those at `rows`."""
+    position = query
+    if SUBSET:
+        token = tl.load(rows + first_query + query, query < num_asked, other=0)
+        position = (token - first_token).to(tl.int32)
+    return position.to(tl.float32)
 
 
 @triton.jit
@@ -222,42 +237,48 @@ def _attention_one_tile_backward(
 
 @triton.jit(do_not_specialize=SHAPE)
 def _attention_forward(
-    qkv, out, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences, blocks, scale,
-    stride_token, stride_part, stride_head,
+    queries, keys_values, out, lse, slopes, cu_queries, cu_seqlens, rows, seed,
+    num_queries, num_sequences, blocks, scale,
+    stride_query, stride_token, stride_part, stride_head,
     heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
+    SUBSET: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % blocks
     head = (tl.program_id(0) // blocks) % heads
     sequence = tl.program_id(0) // (blocks * heads)
     stride_out = heads * HEAD_DIM
     target = out + head * HEAD_DIM
-    tail = tl.load(cu_seqlens + num_sequences)
+    tail = tl.load(cu_queries + num_sequences)
     part = sequence * blocks + block
-    _zero_tail(target, stride_out, tail, num_tokens, part, num_sequences * blocks, M, HEAD_DIM)
+    _zero_tail(target, stride_out, tail, num_queries, part, num_sequences * blocks, M, HEAD_DIM)
 
+    first_query = tl.load(cu_queries + sequence)
+    num_asked = tl.load(cu_queries + sequence + 1) - first_query
     first = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - first
-    if block * M < length:
+    if block * M < num_asked:
         slope = tl.maximum(tl.load(slopes + head) * 1.4426950408889634, 1e-20)
-        base = qkv + first.to(tl.int64) * stride_token + head * stride_head
+        base = keys_values + first.to(tl.int64) * stride_token + head * stride_head
         query = block * M + tl.arange(0, M)
-        q = _load_rows(base, query, stride_token, length, HEAD_DIM)
+        from_query = first_query.to(tl.int64) * stride_query + head * stride_head
+        q = _load_rows(queries + from_query, query, stride_query, num_asked, HEAD_DIM)
+        query_position = _query_positions(query, rows, first_query, num_asked, first, SUBSET)
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         o = tl.zeros([M, HEAD_DIM], tl.float32)
         for start in range(0, length, N):
             key = start + tl.arange(0, N)
-            k = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
-            v = _load_rows(base + 2 * stride_part, key, stride_token, length, HEAD_DIM)
+            k = _load_rows(base, key, stride_token, length, HEAD_DIM)
+            v = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
             position = _positions(key, length)
             s = _dot(q, tl.trans(k)) * scale
-            s += _bias(query.to(tl.float32)[:, None], position[None, :], slope)
+            s += _bias(query_position[:, None], position[None, :], slope)
             new_top = tl.maximum(top, tl.max(s, axis=1))
             p = tl.exp2(s - new_top[:, None])
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(p, axis=1)
             if THRESHOLD > 0:
-                p = tl.where(_keep(seed, first, head, block * M, start, THRESHOLD, M, N), p, 0.0)
+                p = tl.where(_keep(seed, first_query, head, block * M, start, THRESHOLD, M, N), p, 0.0)
             o = o * shrink[:, None]
             o += _dot(p.to(v.dtype), v)
             top = new_top
@@ -265,75 +286,80 @@ def _attention_forward(
         if THRESHOLD > 0:
             norm *= keep_scale(THRESHOLD)
         o = o * norm[:, None]
-        _store_rows(target + first.to(tl.int64) * stride_out, query, stride_out, length, o, HEAD_DIM)
-        place = lse + head.to(tl.int64) * num_tokens + first + query
-        tl.store(place, top + tl.log2(total), query < length)
+        here = target + first_query.to(tl.int64) * stride_out
+        _store_rows(here, query, stride_out, num_asked, o, HEAD_DIM)
+        place = lse + head.to(tl.int64) * num_queries + first_query + query
+        tl.store(place, top + tl.log2(total), query < num_asked)
 
 
 @triton.jit(do_not_specialize=SHAPE)
 def _attention_backward_dq(
-    qkv, out, d_out, d_qkv, lse, delta_out, slopes, cu_seqlens, seed,
-    num_tokens, num_sequences, blocks, scale, softmax_scale,
-    stride_token, stride_part, stride_head,
+    queries, keys_values, out, d_out, d_queries, lse, delta_out, slopes, cu_queries, cu_seqlens, rows, seed,
+    num_queries, num_sequences, blocks, scale, softmax_scale,
+    stride_query, stride_token, stride_part, stride_head, stride_grad,
     heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
+    SUBSET: tl.constexpr,
 ):  # fmt: skip
     """dQ, and rowsum(dO O) for the kernel that follows."""
     block = tl.program_id(0) % blocks
     head = (tl.program_id(0) // blocks) % heads
     sequence = tl.program_id(0) // (blocks * heads)
-    stride_grad = 3 * heads * HEAD_DIM
-    target = d_qkv + head * HEAD_DIM
-    tail = tl.load(cu_seqlens + num_sequences)
+    target = d_queries + head * HEAD_DIM
+    tail = tl.load(cu_queries + num_sequences)
     part = sequence * blocks + block
-    _zero_tail(target, stride_grad, tail, num_tokens, part, num_sequences * blocks, M, HEAD_DIM)
+    _zero_tail(target, stride_grad, tail, num_queries, part, num_sequences * blocks, M, HEAD_DIM)
 
+    first_query = tl.load(cu_queries + sequence)
+    num_asked = tl.load(cu_queries + sequence + 1) - first_query
     first = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - first
-    if block * M < length:
+    if block * M < num_asked:
         slope = tl.maximum(tl.load(slopes + head) * 1.4426950408889634, 1e-20)
-        base = qkv + first.to(tl.int64) * stride_token + head * stride_head
+        base = keys_values + first.to(tl.int64) * stride_token + head * stride_head
         stride_out = heads * HEAD_DIM
-        from_out = first.to(tl.int64) * stride_out + head * HEAD_DIM
+        from_out = first_query.to(tl.int64) * stride_out + head * HEAD_DIM
         query = block * M + tl.arange(0, M)
-        q = _load_rows(base, query, stride_token, length, HEAD_DIM)
-        d_o = _load_rows(d_out + from_out, query, stride_out, length, HEAD_DIM)
-        o = _load_rows(out + from_out, query, stride_out, length, HEAD_DIM)
+        from_query = first_query.to(tl.int64) * stride_query + head * stride_head
+        q = _load_rows(queries + from_query, query, stride_query, num_asked, HEAD_DIM)
+        query_position = _query_positions(query, rows, first_query, num_asked, first, SUBSET)
+        d_o = _load_rows(d_out + from_out, query, stride_out, num_asked, HEAD_DIM)
+        o = _load_rows(out + from_out, query, stride_out, num_asked, HEAD_DIM)
         delta = tl.sum(o.to(tl.float32) * d_o.to(tl.float32), axis=1)
-        place = head.to(tl.int64) * num_tokens + first + query
-        tl.store(delta_out + place, delta, query < length)
-        log_sum = tl.load(lse + place, query < length, other=0.0)
+        place = head.to(tl.int64) * num_queries + first_query + query
+        tl.store(delta_out + place, delta, query < num_asked)
+        log_sum = tl.load(lse + place, query < num_asked, other=0.0)
         d_q = tl.zeros([M, HEAD_DIM], tl.float32)
         for start in range(0, length, N):
             key = start + tl.arange(0, N)
-            k = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
-            v = _load_rows(base + 2 * stride_part, key, stride_token, length, HEAD_DIM)
+            k = _load_rows(base, key, stride_token, length, HEAD_DIM)
+            v = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
             position = _positions(key, length)
             s = _dot(q, tl.trans(k)) * scale
-            s += _bias(query.to(tl.float32)[:, None], position[None, :], slope)
+            s += _bias(query_position[:, None], position[None, :], slope)
             p = tl.exp2(s - log_sum[:, None])
             d_p = _dot(d_o, tl.trans(v))
             if THRESHOLD > 0:
-                keep = _keep(seed, first, head, block * M, start, THRESHOLD, M, N)
+                keep = _keep(seed, first_query, head, block * M, start, THRESHOLD, M, N)
                 d_p = tl.where(keep, d_p * keep_scale(THRESHOLD), 0.0)
             d_s = p * (d_p - delta[:, None])
             d_q += _dot(d_s.to(k.dtype), k)
-        here = target + first.to(tl.int64) * stride_grad
-        _store_rows(here, query, stride_grad, length, d_q * softmax_scale, HEAD_DIM)
+        here = target + first_query.to(tl.int64) * stride_grad
+        _store_rows(here, query, stride_grad, num_asked, d_q * softmax_scale, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=SHAPE)
 def _attention_backward_dkv(
-    qkv, d_out, d_qkv, lse, delta_in, slopes, cu_seqlens, seed,
-    num_tokens, num_sequences, blocks, scale, softmax_scale,
-    stride_token, stride_part, stride_head,
+    queries, keys_values, d_out, d_keys_values, lse, delta_in, slopes, cu_queries, cu_seqlens, rows, seed,
+    num_queries, num_tokens, num_sequences, blocks, scale, softmax_scale,
+    stride_query, stride_token, stride_part, stride_head, stride_grad,
     heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
+    SUBSET: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) % blocks
     head = (tl.program_id(0) // blocks) % heads
     sequence = tl.program_id(0) // (blocks * heads)
-    stride_grad = 3 * heads * HEAD_DIM
     part_grad = heads * HEAD_DIM
-    target = d_qkv + head * HEAD_DIM + part_grad
+    target = d_keys_values + head * HEAD_DIM
     tail = tl.load(cu_seqlens + num_sequences)
     part = sequence * blocks + block
     _zero_tail(target, stride_grad, tail, num_tokens, part, num_sequences * blocks, N, HEAD_DIM)
@@ -341,30 +367,34 @@ def _attention_backward_dkv(
 
     first = tl.load(cu_seqlens + sequence)
     length = tl.load(cu_seqlens + sequence + 1) - first
+    first_query = tl.load(cu_queries + sequence)
+    num_asked = tl.load(cu_queries + sequence + 1) - first_query
     if block * N < length:
         slope = tl.maximum(tl.load(slopes + head) * 1.4426950408889634, 1e-20)
-        base = qkv + first.to(tl.int64) * stride_token + head * stride_head
+        base = keys_values + first.to(tl.int64) * stride_token + head * stride_head
+        from_query = first_query.to(tl.int64) * stride_query + head * stride_head
         stride_out = heads * HEAD_DIM
-        from_out = first.to(tl.int64) * stride_out + head * HEAD_DIM
+        from_out = first_query.to(tl.int64) * stride_out + head * HEAD_DIM
         key = block * N + tl.arange(0, N)
         position = _positions(key, length)
-        k = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
-        v = _load_rows(base + 2 * stride_part, key, stride_token, length, HEAD_DIM)
+        k = _load_rows(base, key, stride_token, length, HEAD_DIM)
+        v = _load_rows(base + stride_part, key, stride_token, length, HEAD_DIM)
         d_k = tl.zeros([N, HEAD_DIM], tl.float32)
         d_v = tl.zeros([N, HEAD_DIM], tl.float32)
-        for start in range(0, length, M):
+        for start in range(0, num_asked, M):
             query = start + tl.arange(0, M)
-            q = _load_rows(base, query, stride_token, length, HEAD_DIM)
-            d_o = _load_rows(d_out + from_out, query, stride_out, length, HEAD_DIM)
-            place = head.to(tl.int64) * num_tokens + first + query
-            log_sum = tl.load(lse + place, query < length, other=0.0)
-            delta = tl.load(delta_in + place, query < length, other=0.0)
+            q = _load_rows(queries + from_query, query, stride_query, num_asked, HEAD_DIM)
+            d_o = _load_rows(d_out + from_out, query, stride_out, num_asked, HEAD_DIM)
+            place = head.to(tl.int64) * num_queries + first_query + query
+            log_sum = tl.load(lse + place, query < num_asked, other=0.0)
+            delta = tl.load(delta_in + place, query < num_asked, other=0.0)
+            query_position = _query_positions(query, rows, first_query, num_asked, first, SUBSET)
             s = _dot(k, tl.trans(q)) * scale
-            s += _bias(query.to(tl.float32)[None, :], position[:, None], slope)
+            s += _bias(query_position[None, :], position[:, None], slope)
             p = tl.exp2(s - log_sum[None, :])
             d_p = _dot(v, tl.trans(d_o))
             if THRESHOLD > 0:
-                keep = tl.trans(_keep(seed, first, head, start, block * N, THRESHOLD, M, N))
+                keep = tl.trans(_keep(seed, first_query, head, start, block * N, THRESHOLD, M, N))
                 d_v += _dot(tl.where(keep, p * keep_scale(THRESHOLD), 0.0).to(d_o.dtype), d_o)
                 d_p = tl.where(keep, d_p * keep_scale(THRESHOLD), 0.0)
             else:
@@ -406,14 +436,101 @@ def attention_forward(
             maxnreg=ONE_TILE_FORWARD_REGISTERS if tile == ONE_TILE_LENGTH and head_dim <= 64 else None,
         )  # fmt: skip
         return out, lse
-    launch = FORWARD[head_dim]
+    _forward_by_blocks(qkv[:, 0], qkv[:, 1:], None, out, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p)
+    return out, lse
+
+
+def _forward_by_blocks(
+    q: Tensor, kv: Tensor, subset: Queries | None, out: Tensor, lse: Tensor, slopes: Tensor,
+    cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout_p: float,
+) -> None:  # fmt: skip
+    """Write `out` and `lse` of q (queries, heads, head_dim), all tokens' or a subset's, over kv
+    (tokens, 2, heads, head_dim)."""
+    num_queries, heads, head_dim = q.shape
+    num_sequences = cu_seqlens.shape[0] - 1
+    launch = _launch_of(FORWARD, head_dim, subset)
     blocks = triton.cdiv(max_seqlen, launch.queries)
+    cu_queries, rows = (cu_seqlens, None) if subset is None else (subset.cu_seqlens, subset.rows)
     _attention_forward[(blocks * heads * num_sequences,)](
-        *arguments, blocks, scale, *qkv.stride()[:3],
-        heads, head_dim, launch.queries, launch.keys, threshold,
+        q, kv, out, lse, slopes, cu_queries, cu_seqlens, rows, seed,
+        num_queries, num_sequences, blocks, head_dim**-0.5 * LOG2_E, q.stride(0), *kv.stride()[:3],
+        heads, head_dim, launch.queries, launch.keys, drop_threshold(dropout_p), subset is not None,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
+
+
+def _launch_of(launches: dict[int, Launch], head_dim: int, subset: Queries | None) -> Launch:
+    launch = launches[head_dim]
+    return launch if subset is None else launch._replace(queries=min(launch.queries, SUBSET_QUERIES))
+
+
+def _backward_by_blocks(
+    q: Tensor, kv: Tensor, subset: Queries | None, out: Tensor, d_out: Tensor, d_q: Tensor, d_kv: Tensor,
+    lse: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout_p: float,
+) -> None:  # fmt: skip
+    """Write the gradients `d_q` and `d_kv`, of the shapes of q and kv."""
+    num_queries, heads, head_dim = q.shape
+    num_sequences = cu_seqlens.shape[0] - 1
+    softmax_scale = head_dim**-0.5
+    scales = (softmax_scale * LOG2_E, softmax_scale)
+    strides = (q.stride(0), *kv.stride()[:3])
+    delta = torch.empty_like(lse)
+    cu_queries, rows = (cu_seqlens, None) if subset is None else (subset.cu_seqlens, subset.rows)
+    launch = _launch_of(BACKWARD_DQ, head_dim, subset)
+    blocks = triton.cdiv(max_seqlen, launch.queries)
+    _attention_backward_dq[(blocks * heads * num_sequences,)](
+        q, kv, out, d_out, d_q, lse, delta, slopes, cu_queries, cu_seqlens, rows, seed,
+        num_queries, num_sequences, blocks, *scales, *strides, d_q.stride(0),
+        heads, head_dim, launch.queries, launch.keys, drop_threshold(dropout_p), subset is not None,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    launch = _launch_of(BACKWARD_DKV, head_dim, subset)
+    blocks = triton.cdiv(max_seqlen, launch.keys)
+    _attention_backward_dkv[(blocks * heads * num_sequences,)](
+        q, kv, d_out, d_kv, lse, delta, slopes, cu_queries, cu_seqlens, rows, seed,
+        num_queries, kv.shape[0], num_sequences, blocks, *scales, *strides, d_kv.stride(0),
+        heads, head_dim, launch.queries, launch.keys, drop_threshold(dropout_p), subset is not None,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+
+
+def queries_forward(
+    q: Tensor, kv: Tensor, subset: Queries, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+    seed: Tensor | None, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention_forward` of contiguous q (queries, heads, head_dim) over kv (tokens, 2, heads, head_dim)."""
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[1], q.shape[0], device=q.device, dtype=torch.float32)
+    if cu_seqlens.shape[0] == 1 or max_seqlen == 0:
+        return out.zero_(), lse
+    _forward_by_blocks(q, kv, subset, out, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p)
     return out, lse
+
+
+def queries_backward(
+    q: Tensor, kv: Tensor, subset: Queries, out: Tensor, d_out: Tensor, lse: Tensor, slopes: Tensor,
+    cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of q and kv."""
+    d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
+    if cu_seqlens.shape[0] == 1 or max_seqlen == 0:
+        return d_q.zero_(), d_kv.zero_()
+    _backward_by_blocks(
+        q,
+        kv,
+        subset,
+        out,
+        d_out.contiguous(),
+        d_q,
+        d_kv,
+        lse,
+        slopes,
+        cu_seqlens,
+        max_seqlen,
+        seed,
+        dropout_p,
+    )
+    return d_q, d_kv
 
 
 @torch.library.custom_op("mosaicbert_ds::attention_backward", mutates_args=())
@@ -439,22 +556,9 @@ def attention_backward(
             heads, head_dim, tile, threshold, num_warps=ONE_TILE_WARPS[tile][1], num_stages=1,
         )  # fmt: skip
         return d_qkv
-    delta = torch.empty_like(lse)
-    launch = BACKWARD_DQ[head_dim]
-    blocks = triton.cdiv(max_seqlen, launch.queries)
-    _attention_backward_dq[(blocks * heads * num_sequences,)](
-        qkv, out, d_out, d_qkv, lse, delta, slopes, cu_seqlens, seed, num_tokens, num_sequences,
-        blocks, scale, softmax_scale, *qkv.stride()[:3],
-        heads, head_dim, launch.queries, launch.keys, threshold,
-        num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
-    launch = BACKWARD_DKV[head_dim]
-    blocks = triton.cdiv(max_seqlen, launch.keys)
-    _attention_backward_dkv[(blocks * heads * num_sequences,)](
-        qkv, d_out, d_qkv, lse, delta, slopes, cu_seqlens, seed, num_tokens, num_sequences,
-        blocks, scale, softmax_scale, *qkv.stride()[:3],
-        heads, head_dim, launch.queries, launch.keys, threshold,
-        num_warps=launch.warps, num_stages=launch.stages,
+    _backward_by_blocks(
+        qkv[:, 0], qkv[:, 1:], None, out, d_out, d_qkv[:, 0], d_qkv[:, 1:], lse, slopes, cu_seqlens,
+        max_seqlen, seed, dropout_p,
     )  # fmt: skip
     return d_qkv
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.ops import reference
-from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights
+from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights, Queries
 
 BACKENDS = ("auto", "triton", "torch")
 MIN_CAPABILITY = (8, 0)  # bf16 on the tensor cores
@@ -85,6 +85,8 @@ def attention_block(
     attention_dropout_p: float,
     hidden_dropout_p: float,
     stream: Tensor | None = None,
+    memory: Tensor | None = None,
+    queries: Queries | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention, dropout, residual and norm; see `reference.attention_block`."""
     block = reference.attention_block
@@ -101,7 +103,7 @@ def attention_block(
             )
     return block(
         hidden, weights, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p,
-        hidden_dropout_p, stream,
+        hidden_dropout_p, stream, memory, queries,
     )  # fmt: skip
 
 

@@ -64,32 +64,93 @@ def attention(
     max_seqlen: at least the longest sequence. Returns (tokens, heads, head_dim) in qkv's dtype; rows behind
     cu_seqlens[-1] are zero and have zero gradients.
     """
-    num_tokens, _, num_heads, head_dim = qkv.shape
     token, filled = token_of_slot(cu_seqlens, max_seqlen)
-    padded = qkv.index_select(0, token.flatten()).view(*token.shape, 3, num_heads, head_dim)
-    q, k, v = padded.permute(2, 0, 3, 1, 4)  # each (sequences, heads, max_seqlen, head_dim)
+    q, k, v = _padded(qkv, token)
+    position = torch.arange(max_seqlen, device=qkv.device)
+    context = _attend_by_chunks(q, k, v, position, slopes, filled, dropout_p)
+    return _unpadded(context, cu_seqlens, qkv.shape[0])
 
-    chunks = []
-    for start in range(0, max_seqlen, QUERY_CHUNK):
-        arguments = (q[:, :, start : start + QUERY_CHUNK], k, v, slopes, filled, start, dropout_p)
-        if max_seqlen <= QUERY_CHUNK:
-            chunks.append(_attend(*arguments))
-        else:  # else the backward pass would hold the probabilities of all chunks, the whole square
-            chunks.append(checkpoint(_attend, *arguments, use_reentrant=False))
-    context = torch.cat(chunks, dim=2)  # (sequences, heads, max_seqlen, head_dim)
 
-    slot, owned = slot_of_token(cu_seqlens, max_seqlen, num_tokens)
-    context = context.transpose(1, 2).flatten(0, 1).index_select(0, slot)  # (tokens, heads, head_dim)
+class Queries(NamedTuple):
+    """A packed subset of the tokens, which alone ask; all tokens of their sequences answer."""
+
+    rows: Tensor  # (queries,) int64: the token that each query is, ascending, none twice
+    cu_seqlens: Tensor  # (sequences + 1,) int32: queries cu_seqlens[i] : cu_seqlens[i + 1] ask sequence i
+
+
+def queries_at(positions: Tensor, cu_seqlens: Tensor, num_tokens: int) -> tuple[Queries, Tensor]:
+    """The tokens at `positions` (in any order, some perhaps more than once) as queries, and for each position
+    the row of its query: (positions,) int64.
+
+    There are as many rows as positions, so that shapes are static; those left over, behind
+    `Queries.cu_seqlens[-1]`, hold `num_tokens` and ask nobody.
+    """
+    ordered, order = positions.long().sort()
+    is_new = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)[: len(positions)]
+    rank = is_new.cumsum(0) - 1  # equal positions have one
+    # One row at least: nothing can be read of a tensor of none.
+    rows = ordered.new_full((max(1, len(positions)),), num_tokens).scatter(0, rank, ordered)
+    row_of_position = torch.empty_like(rank).scatter(0, order, rank)
+    return Queries(rows, torch.searchsorted(rows, cu_seqlens.to(rows.dtype)).int()), row_of_position
+
+
+def attention_of_queries(
+    q: Tensor,
+    kv: Tensor,
+    queries: Queries,
+    slopes: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`attention` where only some tokens ask: q (queries, heads, head_dim), kv (tokens, 2, heads, head_dim).
+
+    Returns (queries, heads, head_dim), zero in rows that ask nobody.
+    """
+    token, filled = token_of_slot(cu_seqlens, max_seqlen)
+    k, v = _padded(kv, token)
+    query, _ = token_of_slot(queries.cu_seqlens, max_seqlen)
+    (q,) = _padded(q[:, None], query)
+    position = queries.rows.index_select(0, query.flatten()).view_as(query) - cu_seqlens[:-1, None]
+    context = _attend_by_chunks(q, k, v, position[:, None], slopes, filled, dropout_p)
+    return _unpadded(context, queries.cu_seqlens, queries.rows.shape[0])
+
+
+def _padded(x: Tensor, token: Tensor) -> Tensor:
+    """(tokens, parts, heads, head_dim) -> (parts, sequences, heads, max_seqlen, head_dim)"""
+    return x.index_select(0, token.flatten()).view(*token.shape, *x.shape[1:]).permute(2, 0, 3, 1, 4)
+
+
+def _unpadded(context: Tensor, cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """(sequences, heads, max_seqlen, head_dim) -> (tokens, heads, head_dim), zero outside of sequences"""
+    slot, owned = slot_of_token(cu_seqlens, context.shape[2], num_tokens)
+    context = context.transpose(1, 2).flatten(0, 1).index_select(0, slot)
     return context.masked_fill(~owned[:, None, None], 0.0)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, filled: Tensor, start: int, dropout_p: float
+def _attend_by_chunks(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor, slopes: Tensor, filled: Tensor, dropout_p: float
 ) -> Tensor:
-    """Queries start, start + 1, ... against all keys: (sequences, heads, queries, head_dim)."""
-    query = torch.arange(start, start + q.shape[2], device=q.device)
+    """Queries at `position`, (queries,) or (sequences, 1, queries), against all keys."""
+    num_queries = q.shape[2]
+    chunks = []
+    for start in range(0, num_queries, QUERY_CHUNK):
+        chunk = slice(start, start + QUERY_CHUNK)
+        arguments = (q[:, :, chunk], k, v, position[..., chunk], slopes, filled, dropout_p)
+        if num_queries <= QUERY_CHUNK:
+            chunks.append(_attend(*arguments))
+        else:  # else the backward pass would hold the probabilities of all chunks, the whole square
+            chunks.append(checkpoint(_attend, *arguments, use_reentrant=False))
+    return torch.cat(chunks, dim=2)  # (sequences, heads, queries, head_dim)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, position: Tensor, slopes: Tensor, filled: Tensor, dropout_p: float
+) -> Tensor:
+    """One chunk of queries: (sequences, heads, queries, head_dim)."""
     key = torch.arange(k.shape[2], device=q.device)
-    bias = -slopes[:, None, None] * (query[:, None] - key).abs()  # (heads, queries, keys) fp32
+    distance = (position[..., None] - key).abs()  # (queries, keys), perhaps of each sequence
+    bias = -slopes[:, None, None] * distance  # (heads, queries, keys) fp32
     scores = (q @ k.mT).float() * q.shape[-1] ** -0.5 + bias  # (sequences, heads, queries, keys)
     # The lowest finite number rather than -inf: a sequence without any token must not give NaN.
     scores = scores.masked_fill(~filled[:, None, None], torch.finfo(torch.float32).min)
@@ -198,6 +259,8 @@ def attention_block(
     attention_dropout_p: float,
     hidden_dropout_p: float,
     stream: Tensor | None = None,
+    memory: Tensor | None = None,
+    queries: Queries | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The first half of a layer, self-attention. Post-LN where there is no residual stream:
 
@@ -208,10 +271,21 @@ def attention_block(
         LayerNorm(s), s        with s = dropout(attention(hidden Wqkv) Wdense) + stream
 
     hidden, stream: (tokens, hidden). Returns (tokens, hidden), or (positions, hidden) for those rows alone.
+    With `memory` (tokens, hidden) keys and values are made of it, and hidden, stream and what is returned
+    are (queries, hidden).
     """
-    qkv = F.linear(hidden, weights.qkv_weight, weights.qkv_bias)
-    qkv = qkv.unflatten(-1, (3, slopes.shape[0], -1))  # (tokens, 3, heads, head_dim)
-    context = attention(qkv, slopes, cu_seqlens, max_seqlen, attention_dropout_p).flatten(1)
+    heads, width = slopes.shape[0], hidden.shape[1]
+    if memory is None or queries is None:
+        qkv = F.linear(hidden, weights.qkv_weight, weights.qkv_bias)
+        qkv = qkv.unflatten(-1, (3, heads, -1))  # (tokens, 3, heads, head_dim)
+        context = attention(qkv, slopes, cu_seqlens, max_seqlen, attention_dropout_p).flatten(1)
+    else:
+        q = F.linear(hidden, weights.qkv_weight[:width], weights.qkv_bias[:width])
+        kv = F.linear(memory, weights.qkv_weight[width:], weights.qkv_bias[width:])
+        q, kv = q.unflatten(-1, (heads, -1)), kv.unflatten(-1, (2, heads, -1))
+        context = attention_of_queries(
+            q, kv, queries, slopes, cu_seqlens, max_seqlen, attention_dropout_p
+        ).flatten(1)
     if positions is not None:
         context, hidden = context.index_select(0, positions), hidden.index_select(0, positions)
         stream = None if stream is None else stream.index_select(0, positions)

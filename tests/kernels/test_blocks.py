@@ -133,6 +133,66 @@ def test_attention_block_has_the_gradients_of_its_parts(positions, dropout_p, no
         assert_close(found, gradients(exact, inputs, weights, d_outs, torch.float64))
 
 
+def narrow_block_of(block, lengths, positions, dropout_p):
+    """The attention block where only the tokens at `positions` ask, all of them where that is None."""
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    slopes = reference.alibi_slopes(HEADS, DEVICE)
+
+    def narrow(hidden, stream, memory, weights):
+        queries = reference.Queries(torch.arange(len(hidden), device=DEVICE), cu_seqlens)
+        if positions is not None:
+            queries, _ = reference.queries_at(torch.tensor(positions, device=DEVICE), cu_seqlens, len(memory))
+        return block(
+            hidden, AttentionWeights(*weights), slopes, cu_seqlens, max(lengths), None, EPS,
+            dropout_p, dropout_p, stream, memory, queries,
+        )  # fmt: skip
+
+    return narrow
+
+
+@pytest.mark.parametrize(("norm", "placement"), [NORMS[0], NORMS[-1]])
+@pytest.mark.parametrize(
+    ("lengths", "positions"),
+    [(LENGTHS, [3, 0, 24, 11, 11, 26]), (LENGTHS, []), ([70, 140, 1], [*range(5, 75), *range(150, 211, 2)])],
+    ids=["short", "nothing", "long"],
+)
+def test_narrow_attention_block_has_the_gradients_of_the_reference(lengths, positions, norm, placement):
+    """Some positions twice, some of no sequence, sequences of which none is asked for."""
+    (hidden, stream), d_outs = inputs_of(placement, max(1, len(positions)))
+    memory, weights = normal(sum(lengths) + TRAILING, HIDDEN), without_norm_bias(attention_weights(), norm)
+    found, expected = (
+        gradients(
+            narrow_block_of(module.attention_block, lengths, positions, 0.0),
+            (hidden, stream, memory), weights, d_outs, dtype,
+        )
+        for module, dtype in ((blocks_triton, torch.float32), (reference, torch.float64))
+    )  # fmt: skip
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b.double()).norm() <= TOLERANCE * b.double().norm()
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [131, 2]], ids=["short", "long"])
+def test_where_all_tokens_ask_the_narrow_attention_block_is_the_plain_one(lengths, placement):
+    """With dropout, whose masks do not depend on how the tiles lie."""
+    (hidden, stream), d_outs = inputs_of(placement, sum(lengths) + TRAILING)
+    weights = attention_weights()
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    slopes = reference.alibi_slopes(HEADS, DEVICE)
+
+    def plain(hidden, stream, weights):
+        arguments = (slopes, cu_seqlens, max(lengths), None, EPS, 0.3, 0.3, stream)
+        return blocks_triton.attention_block(hidden, AttentionWeights(*weights), *arguments)
+
+    narrow = narrow_block_of(blocks_triton.attention_block, lengths, None, 0.3)
+    expected = gradients(plain, (hidden, stream), weights, d_outs, torch.float32)
+    found = gradients(
+        lambda hidden, stream, weights: narrow(hidden, stream, hidden, weights),
+        (hidden, stream), weights, d_outs, torch.float32,
+    )  # fmt: skip
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize(("norm", "placement"), NORMS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_mlp_block_has_the_gradients_of_its_parts(dropout_p, norm, placement):
@@ -181,14 +241,19 @@ DTYPES = [torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("norm", "placement"), [NORMS[0], NORMS[-1]])
-def test_weights_with_a_main_grad_get_their_gradients_added_there(dtype, norm, placement):
+@pytest.mark.parametrize("half", ["mlp", "narrow attention"])
+def test_weights_with_a_main_grad_get_their_gradients_added_there(half, dtype, norm, placement):
     inputs, d_outs = ([x if x is None else x.to(dtype) for x in part] for part in inputs_of(placement, 20))
     hidden, stream = inputs
-    weights = without_norm_bias(mlp_weights(dtype), norm)
+    weights = without_norm_bias(mlp_weights(dtype) if half == "mlp" else attention_weights(dtype), norm)
     given = [w.requires_grad_() for w in weights if w is not None]
+    narrow = narrow_block_of(blocks_triton.attention_block, [16, 4], None, 0.0)
 
     def add_gradients():
-        outs = blocks_triton.mlp_block(hidden, weights, EPS, 0.0, stream)
+        if half == "mlp":
+            outs = blocks_triton.mlp_block(hidden, weights, EPS, 0.0, stream)
+        else:
+            outs = narrow(hidden, stream, hidden, weights)
         torch.autograd.backward([out for out in outs if out is not None], d_outs[: 1 + (placement == "pre")])
 
     add_gradients()

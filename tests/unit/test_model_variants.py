@@ -1,4 +1,4 @@
-"""Where the network may differ from the published one: its norms and their placement.
+"""Where the network may differ from the published one: norms, their placement, NarrowBERT's upper layers.
 
 Truth is the network written out in float64, sequence by sequence, from the weights alone.
 """
@@ -22,8 +22,13 @@ SHAPE = {
     "intermediate_size": 48,
     "vocab_size": 128,
 }
-PUBLISHED = {"norm": "layernorm", "norm_placement": "post"}
-VARIANTS = [{"norm_placement": "pre"}, {"norm": "rmsnorm"}, {"norm_placement": "pre", "norm": "rmsnorm"}]
+PUBLISHED = {"norm": "layernorm", "norm_placement": "post", "masked_only_layers": 0}
+VARIANTS = [
+    {"norm_placement": "pre"},
+    {"norm": "rmsnorm"},
+    {"masked_only_layers": 2},
+    {"norm_placement": "pre", "norm": "rmsnorm", "masked_only_layers": 2},
+]
 LENGTHS = (11, 1, 7)
 MASKED = [2, 5, 6, 10, 11, 14, 18]  # of each sequence some
 
@@ -81,7 +86,16 @@ def written_out(model, input_ids, variant):
         return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-12)
 
     def attend(x, name):
-        q, k, v = (x @ w[f"{name}.self.Wqkv.weight"].T + w[f"{name}.self.Wqkv.bias"]).chunk(3, -1)
+        read = x if memory is None else memory
+        q, k, v = (
+            y @ weight.T + bias
+            for y, weight, bias in zip(
+                (x, read, read),
+                w[f"{name}.self.Wqkv.weight"].chunk(3),
+                w[f"{name}.self.Wqkv.bias"].chunk(3),
+                strict=True,
+            )
+        )
         q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (q, k, v))
         place = torch.arange(len(x))
         bias = -alibi_slopes(heads).double()[:, None, None] * (place[:, None] - place).abs()
@@ -97,7 +111,10 @@ def written_out(model, input_ids, variant):
     words = w[f"{embeddings}.word_embeddings.weight"][input_ids]
     x = norm(words + w[f"{embeddings}.token_type_embeddings.weight"][0], f"{embeddings}.LayerNorm")
     before = None  # the norm before the next half, of pre-LN; the first half's is the embedding's
+    memory = None  # what keys and values are made of, where that is not x itself
     for layer in range(SHAPE["num_hidden_layers"]):
+        if layer == SHAPE["num_hidden_layers"] - variant["masked_only_layers"]:
+            memory = norm(x, before) if is_pre else x
         halves = ((attend, "attention", "attention.output.LayerNorm"), (feed_forward, "mlp", "mlp.layernorm"))
         for half, name, behind in halves:
             root = f"bert.encoder.layer.{layer}"
@@ -109,7 +126,7 @@ def written_out(model, input_ids, variant):
     return norm(x, before) if is_pre else x
 
 
-@pytest.mark.parametrize("variant", [PUBLISHED, *VARIANTS], ids=str)
+@pytest.mark.parametrize("variant", [PUBLISHED, {"masked_only_layers": 1}, *VARIANTS], ids=str)
 def test_the_network_is_the_one_written_out(variant):
     model, batch = model_of(variant).double().eval(), batch_of()
     arguments = {name: batch[name] for name in ("input_ids", "cu_seqlens", "max_seqlen")}
