@@ -21,13 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mosaicbert_ds.ops.attention_triton import attention_backward, attention_forward
+from mosaicbert_ds.ops.attention_triton import (
+    attention_backward,
+    attention_forward,
+    queries_backward,
+    queries_forward,
+)
 from mosaicbert_ds.ops.column_sums_triton import column_sums
 from mosaicbert_ds.ops.dropout_layernorm_triton import layer_norm_backward, layer_norm_forward
 from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold
 from mosaicbert_ds.ops.geglu_triton import geglu_backward, geglu_forward
 from mosaicbert_ds.ops.main_grad import main_grads_of, product, settle
-from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights
+from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights, Queries
 
 
 def _seed(device: torch.device, dropout_p: float) -> Tensor | None:
@@ -136,6 +141,69 @@ class _AttentionBlock(torch.autograd.Function):
         return d_hidden, *(None,) * 7, d_stream, None, *settle(d_weights, ctx.main_grads, w)
 
 
+class _NarrowAttentionBlock(torch.autograd.Function):
+    """Only some tokens ask: hidden, stream and y are theirs, keys and values are made of `memory`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, memory: Tensor, queries: Queries, slopes: Tensor, cu_seqlens: Tensor,
+        max_seqlen: int, eps: float, attention_dropout_p: float, hidden_dropout_p: float,
+        stream: Tensor | None, main_grads: tuple[Tensor | None, ...] | None, *weights: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        w, heads, width = AttentionWeights(*weights), slopes.shape[0], hidden.shape[1]
+        q = F.linear(hidden, w.qkv_weight[:width], w.qkv_bias[:width]).unflatten(-1, (heads, -1))
+        kv = F.linear(memory, w.qkv_weight[width:], w.qkv_bias[width:]).unflatten(-1, (2, heads, -1))
+        attention_seed = _seed(hidden.device, attention_dropout_p)
+        out, lse = queries_forward(
+            q, kv, queries, slopes, cu_seqlens, max_seqlen, attention_seed, attention_dropout_p
+        )
+        dense = F.linear(out.flatten(1), w.dense_weight)
+        seed = _seed(hidden.device, hidden_dropout_p)
+        y, stream, norm_saved = _norm_forward(
+            dense, w.dense_bias, hidden, stream, w, seed, eps, hidden_dropout_p
+        )
+        ctx.save_for_backward(
+            *norm_saved, hidden, memory, q, kv, out, lse, attention_seed, slopes, cu_seqlens, *queries,
+            *weights,
+        )  # fmt: skip
+        ctx.max_seqlen, ctx.main_grads = max_seqlen, main_grads
+        ctx.attention_dropout_p, ctx.hidden_dropout_p = attention_dropout_p, hidden_dropout_p
+        return y, stream
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor, d_stream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        norm_saved = ctx.saved_tensors[:6]
+        (
+            hidden, memory, q, kv, out, lse, attention_seed, slopes, cu_seqlens, rows, cu_queries, *weights,
+        ) = ctx.saved_tensors[6:]  # fmt: skip
+        w, width = AttentionWeights(*weights), hidden.shape[1]
+        d_dense, d_addend, sums = _norm_backward(
+            norm_saved, w.dense_bias, w.norm_weight, d_y, d_stream, ctx.hidden_dropout_p
+        )
+        d_norm_weight, d_norm_bias, d_dense_bias = sums
+        main_qkv, _, main_dense, *_ = ctx.main_grads or (None,) * len(w)
+        d_dense_weight = product(main_dense, d_dense, out.flatten(1))
+        d_out = (d_dense @ w.dense_weight).view_as(out)
+        d_q, d_kv = (
+            gradient.flatten(1)
+            for gradient in queries_backward(
+                q, kv, Queries(rows, cu_queries), out, d_out, lse, slopes, cu_seqlens, ctx.max_seqlen,
+                attention_seed, ctx.attention_dropout_p,
+            )
+        )  # fmt: skip
+        main_q, main_kv = (None, None) if main_qkv is None else main_qkv.split([width, 2 * width])
+        parts = (product(main_q, d_q, hidden), product(main_kv, d_kv, memory))
+        returned = [part for part in parts if part is not None]
+        d_weights = (
+            torch.cat(returned) if returned else None,
+            torch.cat([column_sums(d_q), column_sums(d_kv)]),
+            d_dense_weight, d_dense_bias, d_norm_weight, d_norm_bias,
+        )  # fmt: skip
+        d_memory = d_kv @ w.qkv_weight[width:]
+        d_hidden, d_stream = _hidden_and_stream(d_addend, d_stream, d_q, w.qkv_weight[:width])
+        return d_hidden, d_memory, *(None,) * 7, d_stream, None, *settle(d_weights, ctx.main_grads, w)
+
+
 class _MLPBlock(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -178,8 +246,15 @@ def attention_block(
     attention_dropout_p: float,
     hidden_dropout_p: float,
     stream: Tensor | None = None,
+    memory: Tensor | None = None,
+    queries: Queries | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.attention_block` defines it."""
+    if memory is not None:
+        return _NarrowAttentionBlock.apply(
+            hidden, memory, queries, slopes, cu_seqlens, max_seqlen, eps, attention_dropout_p,
+            hidden_dropout_p, stream, main_grads_of(weights), *weights,
+        )  # fmt: skip
     return _AttentionBlock.apply(
         hidden, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p, hidden_dropout_p,
         stream, main_grads_of(weights), *weights,
