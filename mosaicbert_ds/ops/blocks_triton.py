@@ -196,7 +196,7 @@ class _NarrowAttentionBlock(torch.autograd.Function):
         returned = [part for part in parts if part is not None]
         d_weights = (
             torch.cat(returned) if returned else None,
-            torch.cat([column_sums(d_q), column_sums(d_kv)]),
+            torch.cat([column_sums(d_q), column_sums(d_kv, zeros=range(width))]),
             d_dense_weight, d_dense_bias, d_norm_weight, d_norm_bias,
         )  # fmt: skip
         d_memory = d_kv @ w.qkv_weight[width:]

@@ -122,6 +122,8 @@ LEAVES = _leaves(TREE)
 SECTIONS = [(), *((key,) for key, value in TREE.items() if isinstance(value, dict))]
 TEXTS = {
     ("model", "architecture"),
+    ("model", "norm"),
+    ("model", "norm_placement"),
     ("data", "documents"),
     ("engine", "deepspeed"),
     ("engine", "precision"),
