@@ -4,6 +4,7 @@ A host is a set of Linux namespaces on a bridge. Root is needed, and iproute2, o
 Nothing of this machine's own /etc or ~/.ssh is changed: the hosts see other files in their place.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -39,6 +40,7 @@ class Hosts:
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count, self.out = folder, count, folder / "out"
+        self.limit_s = 100.0 * count  # for the tiny recipe: all hosts share this machine's few cores
         self.tag = secrets.token_hex(2)
         self.net = f"10.{secrets.randbelow(100) + 100}.{secrets.randbelow(250) + 1}"
         self.names = [f"node{number}" for number in range(count)]
@@ -173,6 +175,14 @@ class Hosts:
             except OSError:
                 continue
         return found
+
+    def clear(self) -> None:
+        """Kill whatever runs on the hosts beside their sshd."""
+        for name in self.names:
+            for pid, line in self.processes(name).items():
+                if "sshd" not in line:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
     def leftovers(self, name: str) -> list[str]:
         """Processes, listening ports and shared memory on a host that are not its own sshd's."""

@@ -105,10 +105,7 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
     folder = hosts.folder / "slurm"
     folder.mkdir()
     yield Slurm(hosts, folder)
-    for name in hosts.names:
-        for pid, line in hosts.processes(name).items():
-            if "slurm" in line:
-                os.kill(pid, 9)
+    hosts.clear()
 
 
 def test_the_batch_script_trains_saves_when_asked_is_queued_again_and_goes_on(

@@ -105,7 +105,10 @@ def test_the_plain_deepspeed_command_trains_over_the_hostfile(
             cwd=tmp_path,
             env=os.environ | {"PWD": str(tmp_path)},
         )
-        assert process.wait(400) == 0, (tmp_path / "log").read_text()[-4000:]
+        try:
+            assert process.wait(hosts.limit_s) == 0, (tmp_path / "log").read_text()[-4000:]
+        finally:
+            hosts.clear()
     assert_same(losses(seen(hosts, run)), expected)
     written = [name for name in hosts.names if (hosts.view(name) / run.name).exists()]
     assert written == ["node0"], "only the main rank writes"
@@ -117,7 +120,7 @@ def launch(hosts: Hosts, names: list[str], script: list[str], *options: object) 
 
 
 def wait_for_step(running: Running, hosts: Hosts, run: Path, step: int) -> None:
-    running.wait_until(lambda: max(losses(seen(hosts, run)), default=0) >= step, 300)
+    running.wait_until(lambda: max(losses(seen(hosts, run)), default=0) >= step, hosts.limit_s)
 
 
 def test_a_run_that_loses_a_rank_and_then_a_host_goes_on_by_itself_with_the_same_samples(
@@ -132,7 +135,7 @@ def test_a_run_that_loses_a_rank_and_then_a_host_goes_on_by_itself_with_the_same
         hosts.kill("node1", f"{SCRIPT} --local_rank=0")
         wait_for_step(running, hosts, run, 10)
         hosts.unplug(away)
-        assert running.process.wait(400) == 0, running.said()[-4000:]
+        assert running.process.wait(hosts.limit_s) == 0, running.said()[-4000:]
     finally:
         hosts.plug_in(away)
     assert "rank 1 on node1 was killed (SIGKILL)" in running.said()
@@ -149,10 +152,10 @@ def test_a_run_is_stopped_and_goes_on_on_other_numbers_of_hosts_with_the_same_sa
     for names, until in ((hosts.names[: hosts.count // 2], 5), (hosts.names, 10), (hosts.names[:-1], None)):
         running = launch(hosts, names, script)
         if until is None:
-            assert running.process.wait(400) == 0, running.said()[-4000:]
+            assert running.process.wait(hosts.limit_s) == 0, running.said()[-4000:]
             break
         wait_for_step(running, hosts, run, until)
         hosts.kill("node0", "mosaicbert launch", signal.SIGTERM)
-        assert running.process.wait(120) == EXIT_STOPPED, running.said()[-4000:]
+        assert running.process.wait(hosts.limit_s) == EXIT_STOPPED, running.said()[-4000:]
     assert_same(losses(seen(hosts, run)), expected)
     assert {name: left for name in hosts.names if (left := hosts.leftovers(name))} == {}
