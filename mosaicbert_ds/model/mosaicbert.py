@@ -111,12 +111,19 @@ class MosaicBertEmbeddingNorm(MosaicBertNorm):
         return ops.add_layer_norm_dropout(x, kind, self.weight, self.bias, self.eps, dropout_p)
 
 
+class MosaicBertWordEmbeddings(nn.Embedding):
+    """(tokens,) -> (tokens, hidden)"""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return ops.embedding(input_ids, self.weight)
+
+
 class MosaicBertEmbeddings(nn.Module):
     """Word + token type, LayerNorm, dropout. No position embedding: ALiBi carries the order."""
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = MosaicBertWordEmbeddings(config.vocab_size, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = MosaicBertEmbeddingNorm(config)
 

@@ -4,6 +4,7 @@ from mosaicbert_ds.ops.dispatch import (
     add_layer_norm_dropout,
     attention_block,
     choose_kernels,
+    embedding,
     masked_lm_loss,
     mlp_block,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "alibi_slopes",
     "attention_block",
     "choose_kernels",
+    "embedding",
     "layer_norm",
     "masked_lm_loss",
     "mlp_block",

@@ -74,6 +74,15 @@ def add_layer_norm_dropout(
     return reference.add_layer_norm_dropout(x, kind, weight, bias, eps, dropout_p)
 
 
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a table; see `reference.embedding`."""
+    if _on_triton(weight):
+        from mosaicbert_ds.ops import embedding_triton
+
+        return embedding_triton.embedding(ids, weight)
+    return reference.embedding(ids, weight)
+
+
 def attention_block(
     hidden: Tensor,
     weights: AttentionWeights,

@@ -220,6 +220,11 @@ def dropout_add_and_layer_norm(
     return _wide_layer_norm(total.to(wide), weight, bias, eps).to(x.dtype), total
 
 
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """The rows of the table `weight` (words, hidden) at ids (tokens,) int64: (tokens, hidden)."""
+    return F.embedding(ids, weight)
+
+
 class AttentionWeights(NamedTuple):
     """Of the first half of a layer; a weight is (out, in), as in nn.Linear."""
 

@@ -16,6 +16,7 @@ from mosaicbert_ds.ops import (
     attention_triton,
     blocks_triton,
     dropout_layernorm_triton,
+    embedding_triton,
     geglu_triton,
     layernorm_dropout_triton,
 )
@@ -228,6 +229,24 @@ def test_embedding_norm_has_the_gradients_of_its_parts(norm, kinds, dropout_p):
         torch.float64,
     )
     assert_close(found, exact)
+
+
+@pytest.mark.parametrize("words", [1, 3, 40, 500])
+@pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 97, 700])
+def test_embedding_adds_each_tokens_gradient_to_its_word(tokens, words):
+    """Runs of one word within a block of places, from one into the next, and over many."""
+    ids = (torch.rand(tokens, device=DEVICE) ** 4 * words).long()  # some words often, some never
+    table, d_out, total = normal(words, 24), normal(tokens, 24), normal(words, 24)
+    expected = torch.zeros(words, 24, dtype=torch.float64, device=DEVICE).index_add(0, ids, d_out.double())
+    weight = table.clone().requires_grad_()
+    out = embedding_triton.embedding(ids, weight)
+    assert torch.equal(out, table[ids])
+    out.backward(d_out)
+    torch.testing.assert_close(weight.grad.double(), expected, rtol=1e-5, atol=1e-5)
+    weight.grad, weight.main_grad = None, total.clone()
+    embedding_triton.embedding(ids, weight).backward(d_out)
+    assert weight.grad is None
+    torch.testing.assert_close(weight.main_grad.double(), expected + total, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 24), (5000, 300)])
