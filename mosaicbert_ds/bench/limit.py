@@ -59,17 +59,22 @@ class Limit:
 def products_of(model: ModelConfig, tokens: int, masked: int) -> list[Product]:
     """All products of a micro batch of `tokens` unpadded tokens, `masked` of them targets.
 
-    The last layer's projection behind attention and feed-forward, and the head, see the targets alone.
+    The last layer's projection behind attention and feed-forward, and the head, see the targets alone, and so
+    do `masked_only_layers` but for their keys and values.
     Raises ConfigError for another architecture than mosaicbert.
     """
     if model.architecture != "mosaicbert":
         raise ConfigError(f"bench limit knows the products of mosaicbert, not of {model.architecture}")
     hidden, wide, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    narrow = model.masked_only_layers
+    ends = (layers - max(narrow, 1), max(narrow, 1))  # of layers, behind attention
     linears = [  # name, width out, width in, how often on all tokens, how often on the targets alone
-        ("queries, keys, values", 3 * hidden, hidden, layers, 0),
-        ("attention output", hidden, hidden, layers - 1, 1),
-        ("feed-forward up", 2 * wide, hidden, layers - 1, 1),
-        ("feed-forward down", hidden, wide, layers - 1, 1),
+        ("queries, keys, values", 3 * hidden, hidden, layers - narrow, 0),
+        ("keys, values", 2 * hidden, hidden, narrow, 0),
+        ("queries", hidden, hidden, 0, narrow),
+        ("attention output", hidden, hidden, *ends),
+        ("feed-forward up", 2 * wide, hidden, *ends),
+        ("feed-forward down", hidden, wide, *ends),
         ("head", hidden, hidden, 0, 1),
         ("decoder", model.vocab_size, hidden, 0, 1),
     ]

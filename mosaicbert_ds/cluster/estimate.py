@@ -34,8 +34,8 @@ _DEFAULT_BUCKET = 500_000_000  # elements: DeepSpeed's, where the JSON names non
 # read and written. On an H200 a micro batch of 16k tokens is 4 % slower a token than one of 65k: that is
 # 1.3 ms a micro batch of Base, of which the bytes are 0.5.
 _WEIGHT_BYTES, _MICRO_BATCH_S = 14, 0.8e-3
-# What the host needs to start a step, which the GPU waits for if it is faster: a step of one micro batch of 16
-# takes 8.0 ms on an H200, launches recorded, and 5 of them are work.
+# What the host needs to start a step, which the GPU waits for if it is faster: a step of one micro batch of
+# 16 takes 8.0 ms on an H200, launches recorded, and 5 of them are work.
 _HOST_STEP_S = 8e-3
 _ADAM_BYTES = 30  # a parameter: gradient read, weight and two moments read and written, bf16 weight written
 _HOST_COPY_BYTES_PER_S = 10e9  # a checkpoint's way to the host: one PCIe link, pageable memory
@@ -139,17 +139,21 @@ def matrix_flops(model: ModelConfig, length: int, fill: float, mask_rate: float)
     """Operations of the matrix products that a sample costs, forward and backward.
 
     MosaicBERT computes the real tokens (`fill` of `length`), and its last layer's feed-forward, like the
-    head, for the masked ones alone. BERT computes padding too.
+    head, for the masked ones alone; so does it `masked_only_layers`, but for keys and values. BERT computes
+    padding too.
     """
     hidden, wide, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
+    narrow = model.masked_only_layers
     unpadded = model.architecture == "mosaicbert"
+    ends_on_masked = max(narrow, 1) if unpadded else 0  # layers that do so behind attention
     tokens = length * (fill if unpadded else 1.0)
     masked = length * fill * mask_rate
-    attention = 3 * hidden**2 + 2 * tokens * hidden  # projections in; scores and values against a sample
+    attention = hidden**2 + 2 * tokens * hidden  # queries; scores and values against a sample
+    keys_values = 2 * hidden**2
     rest = hidden**2 + (3 if unpadded else 2) * hidden * wide
     head = hidden**2 + hidden * model.vocab_size
-    on_all_tokens = layers * attention + (layers - 1 if unpadded else layers) * rest
-    on_masked = head + (rest if unpadded else 0)
+    on_all_tokens = (layers - narrow) * attention + layers * keys_values + (layers - ends_on_masked) * rest
+    on_masked = head + narrow * attention + ends_on_masked * rest
     return 3 * 2 * (tokens * on_all_tokens + masked * on_masked)
 
 
@@ -245,7 +249,8 @@ def memory_bytes(
     """Peak of one GPU: weights, gradients and Adam's state as ZeRO divides them, and a micro batch's tensors.
 
     A layer keeps its input, queries, keys and values, the attention's output, the sum before each LayerNorm,
-    and both halves of GeGLU with their product, in bf16. The head keeps logits and their gradient.
+    and both halves of GeGLU with their product, in bf16; `masked_only_layers` the masked tokens' alone, but
+    for keys and values. The head keeps logits and their gradient.
     """
     model = recipe.model
     element = 2 if recipe.engine.precision == "bf16" else 4
@@ -261,9 +266,12 @@ def memory_bytes(
     tokens = micro_batch_size * recipe.data.max_length * (fill if unpadded else 1.0)
     masked = micro_batch_size * recipe.data.max_length * fill * recipe.masking.rate
     kept = 6 * model.hidden_size + (3 if unpadded else 2) * model.intermediate_size
+    keys_values = 2 * model.hidden_size
     if model.activation_checkpointing:
-        kept = model.hidden_size
-    activations = tokens * model.num_hidden_layers * kept + 2 * masked * model.vocab_size
+        kept, keys_values = model.hidden_size, 0
+    narrow = model.masked_only_layers
+    activations = tokens * ((model.num_hidden_layers - narrow) * kept + narrow * keys_values)
+    activations += masked * (narrow * (kept - keys_values) + 2 * model.vocab_size)
     return state + element * activations
 
 

@@ -39,7 +39,8 @@ class Rates:
     usd_per_gpu_hour: float | None
 
     def mfu(self, tokens_per_s: float) -> float | None:
-        """6 x parameters x tokens/s over the peak of all GPUs: the published definition."""
+        """6 x parameters x tokens/s over the peak of all GPUs: the published definition. Work that a model
+        leaves out, as at tokens that nobody reads (`model.masked_only_layers`), counts as done."""
         if self.peak_flops_per_s is None:
             return None
         return 6 * self.num_parameters * tokens_per_s / (self.world_size * self.peak_flops_per_s)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mosaicbert_ds import cli
-from mosaicbert_ds.cluster.estimate import GPUS, INTERCONNECTS, estimate_run, matrix_flops
+from mosaicbert_ds.cluster.estimate import GPUS, INTERCONNECTS, estimate_run, matrix_flops, memory_bytes
 from mosaicbert_ds.cluster.network import Link, Network, Transfer, exposed_s
 from mosaicbert_ds.config import load_recipe
 from mosaicbert_ds.model import count_parameters
@@ -55,6 +55,18 @@ def test_the_count_of_operations_is_that_of_6_per_parameter_and_token_where_that
     per_token = matrix_flops(model, 128, 1.0, 1.0) / 128
     attention = 3 * 2 * 2 * 128 * model.hidden_size * model.num_hidden_layers
     assert per_token - attention == pytest.approx(6 * (count_parameters(model) - embeddings), rel=0.01)
+
+
+def test_masked_only_layers_keep_and_compute_the_masked_tokens_alone_but_for_keys_and_values() -> None:
+    plain, narrow = (
+        load_recipe("mosaicbert-base", [f"model.masked_only_layers={layers}"]) for layers in (0, 5)
+    )
+    memory, narrow_memory = (
+        memory_bytes(recipe, 137_400_384, 1, 512, 8, fill=0.88) for recipe in (plain, narrow)
+    )
+    unmasked = 512 * 128 * 0.88 * 0.7
+    assert memory - narrow_memory == pytest.approx(2 * unmasked * 5 * (4 * 768 + 3 * 3072))
+    assert count_parameters(narrow.model) == count_parameters(plain.model)
 
 
 def test_time_falls_and_cost_rises_with_nodes_and_the_table_shows_the_same(

@@ -17,6 +17,7 @@ from mosaicbert_ds.bench.machine import Machine
 from mosaicbert_ds.bench.report import Report, column
 from mosaicbert_ds.bench.step import IDLE, OF_OUR_FILES, OTHER, our_kernels, part_of, sort_kernels, split
 from mosaicbert_ds.bench.workload import lengths_like_c4, random_text
+from mosaicbert_ds.cluster.estimate import matrix_flops
 from mosaicbert_ds.config import RunConfig, load_recipe
 from mosaicbert_ds.data.loader import Batch, GlobalBatch, pretraining_batches
 from mosaicbert_ds.model import ModelConfig, build_pretraining_model, count_parameters
@@ -130,8 +131,8 @@ def test_modernbert_takes_our_rows() -> None:
 
 def test_products_are_six_operations_a_weight_and_token() -> None:
     """Of every matrix but the token types', which no product uses, if all tokens are targets."""
-    for name in ("mosaicbert-base", "mosaicbert-large", "tiny"):
-        model = load_recipe(name).model
+    for name, narrow in (("mosaicbert-base", 0), ("mosaicbert-large", 9), ("tiny", 1)):
+        model = load_recipe(name, [f"model.masked_only_layers={narrow}"]).model
         with torch.device("meta"):
             parameters = dict(build_pretraining_model(model).named_parameters())
         matrices = sum(p.numel() for p in parameters.values() if p.dim() == 2)
@@ -149,6 +150,15 @@ def test_the_head_and_the_end_of_the_last_layer_see_the_targets_alone() -> None:
     hidden, wide = model.hidden_size, model.intermediate_size
     weights = hidden * hidden + 3 * hidden * wide + hidden * hidden + model.vocab_size * hidden
     assert spared == 6 * 700 * weights
+
+
+@pytest.mark.parametrize("narrow", [0, 1, 5])
+def test_the_products_are_those_that_the_cluster_estimate_counts(narrow: int) -> None:
+    model = ModelConfig(masked_only_layers=narrow)
+    products = sum(product.flops for product in products_of(model, 1000, 300))
+    queries = 1000 * (model.num_hidden_layers - narrow) + 300 * narrow
+    scores_and_values = 3 * 2 * queries * 2 * 1000 * model.hidden_size  # no product of `limit`
+    assert matrix_flops(model, 1000, 1.0, 0.3) == pytest.approx(products + scores_and_values)
 
 
 # -- step
