@@ -52,11 +52,13 @@ def manifest_files(step: Path) -> dict[str, Any]:
     return json.loads((step / "manifest.json").read_text())["files"]
 
 
-def _train_and_resume(recipe: Path, data: Path, folder: Path) -> None:
+def _train_and_resume(
+    recipe: Path, data: Path, folder: Path, cases: list[tuple[str, str]], *overrides: str
+) -> None:
     from mosaicbert_ds import dist
 
-    for stage, precision in CASES:
-        arguments = (f"engine.deepspeed={stage}", f"engine.precision={precision}")
+    for stage, precision in cases:
+        arguments = (f"engine.deepspeed={stage}", f"engine.precision={precision}", *overrides)
         whole, resumed = folder / f"{stage}-{precision}", folder / f"{stage}-{precision}-resumed"
         train(recipe, data, whole, *arguments)
         if dist.is_main():
@@ -72,7 +74,7 @@ def test_resume_gives_the_same_losses_and_weights_bit_for_bit(
 ) -> None:
     """ZeRO 0 to 3 and offload, fp32 and bf16, dropout on, accumulation 2, two ranks; and what the stages
     compute is one and the same training."""
-    run_on_ranks(_train_and_resume, 2, recipe, corpus, tmp_path)
+    run_on_ranks(_train_and_resume, 2, recipe, corpus, tmp_path, CASES)
     for stage, precision in CASES:
         whole, resumed = tmp_path / f"{stage}-{precision}", tmp_path / f"{stage}-{precision}-resumed"
         expected = losses(whole)
@@ -96,6 +98,37 @@ def test_resume_gives_the_same_losses_and_weights_bit_for_bit(
             assert worst < tolerance, (stage, precision, worst)
     first, last_loss = losses(tmp_path / "zero1-bf16")[1], losses(tmp_path / "zero1-bf16")[8]
     assert last_loss < first, "eight steps at this rate must lower the loss"
+
+
+# With two of three layers narrow the network is another one; with a single narrow layer it would not be.
+VARIANT = (
+    "model.num_hidden_layers=3",
+    "model.norm_placement=pre",
+    "model.norm=rmsnorm",
+    "model.masked_only_layers=2",
+)
+
+
+def test_pre_ln_rmsnorm_and_masked_only_layers_learn_resume_and_leave(
+    recipe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Each alone, and all together at ZeRO 0 and 3: two ranks, dropout on; then out to Hugging Face."""
+    from mosaicbert_ds.finetune.models import export_checkpoint
+    from mosaicbert_ds.training.checkpoint import find_checkpoint
+
+    alone = [(tmp_path / value, [VARIANT[0], value]) for value in VARIANT[1:]]
+    run_on_ranks(_train, 2, recipe, corpus, alone)
+    cases = [("zero0", "fp32"), ("zero3", "fp32")]
+    run_on_ranks(_train_and_resume, 2, recipe, corpus, tmp_path, cases, *VARIANT)
+    whole, sharded = (losses(tmp_path / f"{stage}-{precision}") for stage, precision in cases)
+    for stage, expected in (("zero0", whole), ("zero3", sharded)):
+        assert losses(tmp_path / f"{stage}-fp32-resumed") == {step: expected[step] for step in range(5, 9)}
+    assert max(abs(whole[step] - sharded[step]) for step in whole) < 1e-5
+    for run in (*(out for out, _ in alone), tmp_path / "zero0-fp32"):
+        assert losses(run)[8] < losses(run)[1], f"{run.name}: eight steps at this rate must lower the loss"
+    export_checkpoint(find_checkpoint(tmp_path / "zero3-fp32"), tmp_path / "exported")
+    facts = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert (facts["norm_placement"], facts["norm"], facts["masked_only_layers"]) == ("pre", "rmsnorm", 2)
 
 
 def _reload(recipe: Path, step: Path) -> list[tuple[str, str]]:

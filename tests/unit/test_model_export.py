@@ -91,9 +91,14 @@ def trained(config=TINY):
     return model
 
 
-@pytest.mark.parametrize("architecture", ["mosaicbert", "bert"])
-def test_an_exported_folder_works_where_this_package_is_absent(architecture, tokenizer_dir, tmp_path):
-    config = replace(TINY, architecture=architecture)
+NARROW_PRE_RMS = {"norm_placement": "pre", "norm": "rmsnorm", "num_hidden_layers": 3, "masked_only_layers": 2}
+
+
+@pytest.mark.parametrize(
+    "values", [{"architecture": "mosaicbert"}, {"architecture": "bert"}, NARROW_PRE_RMS], ids=str
+)
+def test_an_exported_folder_works_where_this_package_is_absent(values, tokenizer_dir, tmp_path):
+    config = replace(TINY, **values)
     model = trained(config)
     out = tmp_path / "runs" / "exported"
     export_model(weights_of(model), config, tokenizer_dir, out)
