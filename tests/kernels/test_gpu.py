@@ -252,15 +252,20 @@ def test_layer_norm_dropout_has_one_mask_for_both_passes(poisoned):
     )
 
 
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("one_kind", [True, False])
 @pytest.mark.parametrize(("rows", "width"), WIDTHS)
-def test_embedding_norm_is_as_exact_as_torch(poisoned, rows, width, one_kind):
+def test_embedding_norm_is_as_exact_as_torch(poisoned, rows, width, one_kind, norm):
+    no_bias = (None,) * (norm == "rmsnorm")
     assert_as_exact_as_torch(
-        lambda *x: layernorm_dropout_triton.add_layer_norm_dropout(*x, 1e-12, 0.0),
-        lambda *x: reference.add_layer_norm_dropout(*x, 1e-12, 0.0),
-        [normal(rows, width), normal(1 if one_kind else rows, width), normal(width), normal(width)],
+        lambda *x: layernorm_dropout_triton.add_layer_norm_dropout(*x, *no_bias, 1e-12, 0.0),
+        lambda *x: reference.add_layer_norm_dropout(*x, *no_bias, 1e-12, 0.0),
+        [
+            normal(rows, width), normal(1 if one_kind else rows, width), normal(width),
+            *(normal(width) for _ in range(norm == "layernorm")),
+        ],
         normal(rows, width),
-    )
+    )  # fmt: skip
 
 
 def test_embedding_dropout_has_one_mask_for_both_passes(poisoned):
@@ -285,55 +290,97 @@ def matrix(rows, columns):
     return normal(rows, columns, scale=columns**-0.5)
 
 
-@pytest.mark.parametrize("placement", ["post", "pre"])
+MIXED = [[128, 1, 17, 0, 127, 64, 2, 90], [1024, 1, 129, 0, 511, 2, 128]]
+NORMS = [("layernorm", "post"), ("layernorm", "pre"), ("rmsnorm", "post"), ("rmsnorm", "pre")]
+
+
+def named(kind, weights, norm):
+    return kind(*weights, *(None,) * (norm == "rmsnorm"))  # which has no bias, the last of the weights
+
+
+def attention_weights(width, norm):
+    vectors = [normal(width) for _ in range(2 + (norm == "layernorm"))]
+    return [matrix(3 * width, width), normal(3 * width), matrix(width, width), *vectors]
+
+
+@pytest.mark.parametrize(("norm", "placement"), NORMS)
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize(
-    "lengths", [[128, 1, 17, 0, 127, 64, 2, 90], [1024, 1, 129, 0, 511, 2, 128]], ids=len
-)
-def test_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim, placement):
+@pytest.mark.parametrize("lengths", MIXED, ids=len)
+def test_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim, norm, placement):
     tokens, width, heads = sum(lengths) + 37, 768, 768 // head_dim
     arguments = (reference.alibi_slopes(heads, "cuda"), cu_seqlens_of(lengths), max(lengths))
     streams = [normal(tokens, width)] if placement == "pre" else []
-    weights = [
-        matrix(3 * width, width), normal(3 * width), matrix(width, width),
-        *(normal(width) for _ in range(3)),
-    ]  # fmt: skip
     for positions in (None, torch.randperm(sum(lengths), device="cuda")[:200]):
 
         def half(block, hidden, *rest, positions=positions):
             stream = rest[0] if streams else None
-            named = AttentionWeights(*rest[len(streams) :])
-            outs = block(hidden, named, *arguments, positions, 1e-12, 0.0, 0.0, stream)
+            weights = named(AttentionWeights, rest[len(streams) :], norm)
+            outs = block(hidden, weights, *arguments, positions, 1e-12, 0.0, 0.0, stream)
             return torch.cat([out for out in outs if out is not None])
 
         rows = tokens if positions is None else len(positions)
         assert_as_exact_as_torch(
             partial(half, blocks_triton.attention_block),
             partial(half, reference.attention_block),
-            [normal(tokens, width), *streams, *weights],
+            [normal(tokens, width), *streams, *attention_weights(width, norm)],
             normal(rows * (1 + len(streams)), width),
         )
 
 
-@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize(("norm", "placement"), [NORMS[0], NORMS[-1]])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("lengths", MIXED, ids=len)
+def test_narrow_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim, norm, placement):
+    tokens, width, heads = sum(lengths), 768, 768 // head_dim
+    slopes, cu_seqlens = reference.alibi_slopes(heads, "cuda"), cu_seqlens_of(lengths)
+    masked = torch.randperm(tokens, device="cuda")[: tokens * 3 // 10]
+    positions = torch.cat([masked, masked.new_zeros(9)])  # rounded up as the loader does
+    queries, _ = reference.queries_at(positions, cu_seqlens, tokens + 37)
+    streams = [normal(len(positions), width)] if placement == "pre" else []
+
+    def half(block, hidden, memory, *rest):
+        stream = rest[0] if streams else None
+        weights = named(AttentionWeights, rest[len(streams) :], norm)
+        outs = block(
+            hidden, weights, slopes, cu_seqlens, max(lengths), None, 1e-12, 0.0, 0.0, stream, memory, queries
+        )
+        return torch.cat([out for out in outs if out is not None])
+
+    assert_as_exact_as_torch(
+        partial(half, blocks_triton.attention_block),
+        partial(half, reference.attention_block),
+        [
+            normal(len(positions), width),
+            normal(tokens + 37, width),
+            *streams,
+            *attention_weights(width, norm),
+        ],
+        normal(len(positions) * (1 + len(streams)), width),
+    )
+
+
+@pytest.mark.parametrize(("norm", "placement"), NORMS)
 @pytest.mark.parametrize(
     ("rows", "width", "intermediate"), [(1, 768, 3072), (511, 768, 3072), (129, 1024, 4096)]
 )
-def test_mlp_block_is_as_exact_as_torch(poisoned, rows, width, intermediate, placement):
+def test_mlp_block_is_as_exact_as_torch(poisoned, rows, width, intermediate, norm, placement):
     streams = [normal(rows, width)] if placement == "pre" else []
-    weights = [matrix(2 * intermediate, width), matrix(width, intermediate), *(normal(width) for _ in "bwo")]
+    vectors = [normal(width) for _ in range(2 + (norm == "layernorm"))]
 
     def half(block, hidden, *rest):
         stream = rest[0] if streams else None
-        outs = block(hidden, MLPWeights(*rest[len(streams) :]), 1e-12, 0.0, stream)
+        outs = block(hidden, named(MLPWeights, rest[len(streams) :], norm), 1e-12, 0.0, stream)
         return torch.cat([out for out in outs if out is not None])
 
     assert_as_exact_as_torch(
         partial(half, blocks_triton.mlp_block),
         partial(half, reference.mlp_block),
-        [normal(rows, width), *streams, *weights],
+        [
+            normal(rows, width), *streams, matrix(2 * intermediate, width), matrix(width, intermediate),
+            *vectors,
+        ],
         normal(rows * (1 + len(streams)), width),
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(17, 30528), (129, 30528), (8192, 30528), (64, 1000)])

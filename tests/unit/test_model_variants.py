@@ -11,14 +11,19 @@ import torch
 import torch.nn.functional as F
 
 from mosaicbert_ds.errors import ConfigError
-from mosaicbert_ds.model import ModelConfig, build_pretraining_model
+from mosaicbert_ds.model import (
+    ModelConfig,
+    MosaicBertForSequenceClassification,
+    build_pretraining_model,
+)
+from mosaicbert_ds.model.build import to_hf_config
 from mosaicbert_ds.ops import alibi_slopes
 from mosaicbert_ds.typed_yaml import from_tree
 
 SHAPE = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "vocab_size": 128,
 }
@@ -176,13 +181,45 @@ def test_the_pretraining_step_compiles_without_a_graph_break(variant):
     torch.testing.assert_close(compiled(**batch), model(**batch))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_step_never_waits_for_the_gpu_and_has_the_loss_of_the_cpu(variant):
+    model, batch = model_of(variant, hidden_dropout=0.0), batch_of(rounded=True)
+    expected = model(**batch).loss_sum.item()
+    on_gpu = {name: value.cuda() if torch.is_tensor(value) else value for name, value in batch.items()}
+    model.cuda()
+    assert model(**on_gpu).loss_sum.item() == pytest.approx(expected, rel=1e-3)  # products in tf32 at worst
+    model.bfloat16()
+    model(**on_gpu).loss_sum.backward()  # the first step loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**on_gpu).loss_sum.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_the_classifier_reads_first_tokens_through_both_faces(variant):
+    config = to_hf_config(from_tree(ModelConfig, SHAPE | variant, "recipe"))
+    config.num_labels = 3
+    model, batch = MosaicBertForSequenceClassification(config).eval(), batch_of(rounded=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    unpadded = model(**{name: batch[name] for name in ("input_ids", "cu_seqlens", "max_seqlen")})
+    rows = padded_of(batch_of())
+    logits = model(rows["input_ids"], rows["attention_mask"]).logits
+    torch.testing.assert_close(unpadded[: len(LENGTHS)], logits)
+    assert unpadded.shape == (len(LENGTHS) + 1, 3), "of the sequence without tokens as well"
+
+
 def test_hidden_states_of_pre_ln_are_the_residual_stream_and_its_norm_at_the_end():
     model, batch = model_of({"norm_placement": "pre"}).bert.eval(), padded_of(batch_of())
     del batch["labels"]
     states = model(**batch, output_hidden_states=True).hidden_states
     assert len(states) == 1 + SHAPE["num_hidden_layers"]
-    half = model(**batch).last_hidden_state
-    torch.testing.assert_close(states[-1], half)
+    torch.testing.assert_close(states[-1], model(**batch).last_hidden_state)
     norm = model.encoder.layer[2].mlp.layernorm
     real = batch["attention_mask"].bool()
     third = model_of({"norm_placement": "pre"}).bert.eval()
