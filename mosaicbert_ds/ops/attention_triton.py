@@ -21,14 +21,22 @@ it and no score is masked a second time. Rows behind cu_seqlens[-1] are written 
 Sources: FlashAttention-2, https://arxiv.org/abs/2307.08691; ALiBi, https://arxiv.org/abs/2108.12409.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold, keep_mask, keep_scale
+from mosaicbert_ds.ops.launches import (
+    Launch,
+    Rows,
+    dkv_rows,
+    dq_rows,
+    fits,
+    forward_rows,
+    largest_that_fits,
+    shared_memory_of,
+)
 from mosaicbert_ds.ops.reference import Queries
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -40,20 +48,22 @@ SMALLEST_SLOPE = 1e-20
 # Arguments that change from batch to batch and must not compile a kernel anew.
 SHAPE = ["num_tokens", "num_queries", "num_sequences", "blocks", "heads"]
 
-
 SUBSET_QUERIES = 64  # a block's, at most: of a sequence of 128 tokens some 20 to 40 are masked
 
 
-class Launch(NamedTuple):
-    """How a kernel is cut and compiled: the fastest of those tried on an H200."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-ONE_TILE_WARPS = {16: (1, 1), 32: (2, 2), 64: (4, 4), 128: (4, 8)}  # forward, backward, by the tile's length
+# The fastest of those tried on an H200; `launches` takes smaller ones where these do not fit.
+ONE_TILE_FORWARD = {
+    16: Launch(16, 16, 1, 1),
+    32: Launch(32, 32, 2, 1),
+    64: Launch(64, 64, 4, 1),
+    128: Launch(64, 128, 4, 1),
+}
+ONE_TILE_BACKWARD = {
+    16: Launch(16, 16, 1, 1),
+    32: Launch(32, 32, 2, 1),
+    64: Launch(64, 64, 4, 1),
+    128: Launch(128, 128, 8, 1),
+}
 # A thread's registers in the forward pass, at most: four programs an SM. The backward pass would only spill.
 ONE_TILE_FORWARD_REGISTERS = 128
 FORWARD = {
@@ -406,11 +416,19 @@ def _attention_backward_dkv(
         _store_rows(here + part_grad, key, stride_grad, length, d_v, HEAD_DIM)
 
 
-def _one_tile(max_seqlen: int) -> int | None:
-    """The tile's length where a whole sequence fits into one tile."""
+def _one_tile(launches: dict[int, Launch], rows: Rows, max_seqlen: int, qkv: Tensor) -> Launch | None:
+    """The launch where a whole sequence makes one tile that fits on chip."""
     if max_seqlen > ONE_TILE_LENGTH:
         return None
-    return max(16, triton.next_power_of_2(max_seqlen))
+    launch = launches[max(16, triton.next_power_of_2(max_seqlen))]
+    return launch if fits(launch, rows, qkv.shape[-1], qkv.itemsize, shared_memory_of(qkv.device)) else None
+
+
+def _by_blocks(launches: dict[int, Launch], rows: Rows, q: Tensor, subset: Queries | None) -> Launch:
+    launch = largest_that_fits(
+        launches[q.shape[-1]], rows, q.shape[-1], q.itemsize, shared_memory_of(q.device)
+    )
+    return launch if subset is None else launch._replace(queries=min(launch.queries, SUBSET_QUERIES))
 
 
 @torch.library.custom_op("mosaicbert_ds::attention", mutates_args=())
@@ -428,12 +446,14 @@ def attention_forward(
     scale = head_dim**-0.5 * LOG2_E
     threshold = drop_threshold(dropout_p)
     arguments = (qkv, out, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences)
-    tile = _one_tile(max_seqlen)
-    if tile:
+    launch = _one_tile(ONE_TILE_FORWARD, forward_rows, max_seqlen, qkv)
+    if launch:
+        capped = launch.keys == ONE_TILE_LENGTH and head_dim <= 64
         _attention_one_tile_forward[(num_sequences * heads,)](
             *arguments, scale, *qkv.stride()[:3],
-            heads, head_dim, min(tile, 64), tile, threshold, num_warps=ONE_TILE_WARPS[tile][0], num_stages=1,
-            maxnreg=ONE_TILE_FORWARD_REGISTERS if tile == ONE_TILE_LENGTH and head_dim <= 64 else None,
+            heads, head_dim, launch.queries, launch.keys, threshold,
+            num_warps=launch.warps, num_stages=launch.stages,
+            maxnreg=ONE_TILE_FORWARD_REGISTERS if capped else None,
         )  # fmt: skip
         return out, lse
     _forward_by_blocks(qkv[:, 0], qkv[:, 1:], None, out, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p)
@@ -448,7 +468,7 @@ def _forward_by_blocks(
     (tokens, 2, heads, head_dim)."""
     num_queries, heads, head_dim = q.shape
     num_sequences = cu_seqlens.shape[0] - 1
-    launch = _launch_of(FORWARD, head_dim, subset)
+    launch = _by_blocks(FORWARD, forward_rows, q, subset)
     blocks = triton.cdiv(max_seqlen, launch.queries)
     cu_queries, rows = (cu_seqlens, None) if subset is None else (subset.cu_seqlens, subset.rows)
     _attention_forward[(blocks * heads * num_sequences,)](
@@ -457,11 +477,6 @@ def _forward_by_blocks(
         heads, head_dim, launch.queries, launch.keys, drop_threshold(dropout_p), subset is not None,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-
-
-def _launch_of(launches: dict[int, Launch], head_dim: int, subset: Queries | None) -> Launch:
-    launch = launches[head_dim]
-    return launch if subset is None else launch._replace(queries=min(launch.queries, SUBSET_QUERIES))
 
 
 def _backward_by_blocks(
@@ -476,7 +491,7 @@ def _backward_by_blocks(
     strides = (q.stride(0), *kv.stride()[:3])
     delta = torch.empty_like(lse)
     cu_queries, rows = (cu_seqlens, None) if subset is None else (subset.cu_seqlens, subset.rows)
-    launch = _launch_of(BACKWARD_DQ, head_dim, subset)
+    launch = _by_blocks(BACKWARD_DQ, dq_rows, q, subset)
     blocks = triton.cdiv(max_seqlen, launch.queries)
     _attention_backward_dq[(blocks * heads * num_sequences,)](
         q, kv, out, d_out, d_q, lse, delta, slopes, cu_queries, cu_seqlens, rows, seed,
@@ -484,7 +499,7 @@ def _backward_by_blocks(
         heads, head_dim, launch.queries, launch.keys, drop_threshold(dropout_p), subset is not None,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    launch = _launch_of(BACKWARD_DKV, head_dim, subset)
+    launch = _by_blocks(BACKWARD_DKV, dkv_rows, q, subset)
     blocks = triton.cdiv(max_seqlen, launch.keys)
     _attention_backward_dkv[(blocks * heads * num_sequences,)](
         q, kv, d_out, d_kv, lse, delta, slopes, cu_queries, cu_seqlens, rows, seed,
@@ -548,12 +563,12 @@ def attention_backward(
     softmax_scale = head_dim**-0.5
     scale = softmax_scale * LOG2_E
     threshold = drop_threshold(dropout_p)
-    tile = _one_tile(max_seqlen)
-    if tile:
+    launch = _one_tile(ONE_TILE_BACKWARD, dq_rows, max_seqlen, qkv)
+    if launch:
         _attention_one_tile_backward[(num_sequences * heads,)](
             qkv, d_out, d_qkv, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences,
             scale, softmax_scale, *qkv.stride()[:3],
-            heads, head_dim, tile, threshold, num_warps=ONE_TILE_WARPS[tile][1], num_stages=1,
+            heads, head_dim, launch.keys, threshold, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
         return d_qkv
     _backward_by_blocks(
