@@ -8,9 +8,11 @@ from torch import nn
 
 from mosaicbert_ds import dist
 from mosaicbert_ds.errors import CheckpointError
+from mosaicbert_ds.model import ModelConfig
 from mosaicbert_ds.training import checkpoint as disk
 from mosaicbert_ds.training import engine as ds
 from mosaicbert_ds.training.progress import Progress, crosses
+from mosaicbert_ds.typed_yaml import to_tree
 
 # Model keys that change how the numbers are computed, not which numbers there are.
 _FREE_MODEL_KEYS = {"activation_checkpointing"}
@@ -93,7 +95,8 @@ def choose_checkpoint(resume: str, root: Path) -> tuple[disk.Checkpoint | None, 
 def check_fits(checkpoint: disk.Checkpoint, facts: dict[str, Any]) -> list[str]:
     """Refuse a checkpoint of another model, tokenizer or data; list the recipe's other changes."""
     theirs, ours = checkpoint.state, facts
-    model = _changes(theirs["recipe"]["model"], ours["recipe"]["model"])
+    # A key that the checkpoint's version did not know yet had the meaning of its default.
+    model = _changes(to_tree(ModelConfig()) | theirs["recipe"]["model"], ours["recipe"]["model"])
     if fatal := [line for key, line in model.items() if key not in _FREE_MODEL_KEYS]:
         raise CheckpointError(
             f"{checkpoint.path} is of another model: {', '.join(fatal)}; change --recipe or --out"

@@ -23,6 +23,7 @@ from crash import crash_states, final_tree, read_tree, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mosaicbert_ds.config import load_recipe
 from mosaicbert_ds.errors import CheckpointError
 from mosaicbert_ds.training import checkpoint as disk
 from mosaicbert_ds.training.checkpoint import (
@@ -32,7 +33,8 @@ from mosaicbert_ds.training.checkpoint import (
     prune,
     write_step,
 )
-from mosaicbert_ds.training.saving import choose_checkpoint
+from mosaicbert_ds.training.saving import check_fits, choose_checkpoint
+from mosaicbert_ds.typed_yaml import to_tree
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 FILES = (
@@ -589,6 +591,21 @@ def test_going_back_in_a_run_that_has_newer_steps_is_refused(tmp_path: Path) -> 
 
 def _fail() -> None:
     raise CheckpointError("the disk said no")
+
+
+def test_a_step_goes_on_as_the_model_that_it_is_of_also_where_a_key_is_newer_than_the_step(
+    tmp_path: Path,
+) -> None:
+    def facts(*overrides: str) -> dict[str, Any]:
+        recipe = to_tree(load_recipe("tiny", list(overrides)))
+        return {"recipe": recipe, "data_fingerprint": "", "tokenizer_sha256": "", "seed": 17}
+
+    older = facts()
+    del older["recipe"]["model"]["norm_placement"]
+    step = open_verified(write_step(tmp_path, 4, tensors_of(4), {"progress": {"step": 4}, **older}))
+    check_fits(step, facts("model.norm_placement=post"))
+    with pytest.raises(CheckpointError, match="of another model: norm_placement post -> pre; change"):
+        check_fits(step, facts("model.norm_placement=pre"))
 
 
 def test_a_failed_write_is_raised_at_the_next_call_and_once() -> None:
