@@ -84,10 +84,10 @@ def assert_gradients_are_differences(function, inputs):
 
 
 SHORT, LONG = [5, 0, 17, 1], [130, 3]  # one tile; blocks
+# Heads of 32 dimensions: over larger products in fp32 the compiler takes minutes.
 ON_GPU = [
-    pytest.param(lengths, heads, head_dim, marks=pytest.mark.gpu)
+    pytest.param(lengths, heads, 32, marks=pytest.mark.gpu)
     for lengths, heads in (([1, 2, 15, 16, 17, 127, 128], 16), ([129, 511, 2, 1024], 3), ([8192, 3], 1))
-    for head_dim in (32, 64)  # at 128 the compiler takes minutes over fp32 products
 ]
 
 
@@ -96,9 +96,9 @@ def test_attention_dropout_has_the_gradient_of_finite_differences(lengths, heads
     assert_gradients_are_differences(*attention_half(lengths, heads, head_dim, DROPOUT_P, 0.0))
 
 
-@pytest.mark.parametrize("head_dim", [16, pytest.param(384, marks=pytest.mark.gpu)])
-def test_dropout_before_the_residual_has_the_gradient_of_finite_differences(head_dim):
-    assert_gradients_are_differences(*attention_half(SHORT, 2, head_dim, 0.0, DROPOUT_P))
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 16), pytest.param(24, 32, marks=pytest.mark.gpu)])
+def test_dropout_before_the_residual_has_the_gradient_of_finite_differences(heads, head_dim):
+    assert_gradients_are_differences(*attention_half(SHORT, heads, head_dim, 0.0, DROPOUT_P))
 
 
 @pytest.mark.parametrize(

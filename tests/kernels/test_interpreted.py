@@ -68,10 +68,8 @@ def assert_agree(kernel, truth, inputs, weight, tolerance=TOLERANCE):
     ],
 )
 def test_attention_and_its_gradient(poisoned, lengths, heads, head_dim, trailing, spare):
-    if DEVICE == "cuda" and head_dim == 128:
-        pytest.skip(
-            "the compiler takes minutes over fp32 products of this size; in bf16 test_gpu.py has them"
-        )
+    if DEVICE == "cuda" and head_dim >= 64 and max(lengths) > 64:
+        pytest.skip("over fp32 products of this size the compiler takes minutes; test_gpu.py: bf16")
     qkv = normal(sum(lengths) + trailing, 3, heads, head_dim)
     weight = normal(sum(lengths) + trailing, heads, head_dim, seed=1)
     slopes, cu_seqlens = reference.alibi_slopes(heads, DEVICE), cu_seqlens_of(lengths)
