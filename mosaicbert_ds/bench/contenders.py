@@ -27,6 +27,7 @@ class PeerBatch:
     inputs: dict[str, Any]
     num_tokens: int  # real ones
     num_masked: int
+    cu_seqlens: Tensor  # of the rows, which the model may see padded
 
     def model_inputs(self) -> dict[str, Any]:
         return self.inputs
@@ -61,7 +62,7 @@ def padded(steps: list[list[Batch]], length: int) -> list[GlobalBatch]:
             "labels": label_of_token[token].masked_fill(~filled, IGNORED_LABEL),
             "num_masked": batch.num_masked,
         }
-        return PeerBatch(inputs, batch.num_tokens, batch.num_masked)
+        return PeerBatch(inputs, batch.num_tokens, batch.num_masked, batch.cu_seqlens)
 
     return [[pad(batch) for batch in step] for step in steps]
 
@@ -79,7 +80,7 @@ def in_one_shape(steps: list[list[Batch]], length: int) -> list[GlobalBatch]:
             "masked_positions": F.pad(batch.masked_positions, (0, most_masked - masked)),
             "labels": F.pad(batch.labels, (0, most_masked - masked), value=IGNORED_LABEL),
         }
-        return PeerBatch(inputs, batch.num_tokens, batch.num_masked)
+        return PeerBatch(inputs, batch.num_tokens, batch.num_masked, batch.cu_seqlens)
 
     return [[round_up(batch) for batch in step] for step in steps]
 
@@ -95,6 +96,7 @@ class Contender:
     recipe_from: Callable[[RunConfig], RunConfig] = lambda recipe: recipe
     build: Callable[[RunConfig], nn.Module]
     convert: Callable[[list[list[Batch]], int], list[GlobalBatch]]
+    has_recipes_size: bool = True
 
     @property
     def is_fed_by_loader(self) -> bool:
@@ -146,6 +148,7 @@ def _eager_and_compiled(
     build: Callable[[RunConfig], Any],
     recipe_from: Callable[[RunConfig], RunConfig],
     convert: Callable[[list[list[Batch]], int], list[GlobalBatch]],
+    has_recipes_size: bool = True,
 ) -> dict[str, Contender]:
     def finish(module: Any) -> nn.Module:
         return PaddedPeer(module) if convert is padded else module
@@ -158,7 +161,12 @@ def _eager_and_compiled(
 
     return {
         f"{name}{suffix}": Contender(
-            model=model, variant=variant, recipe_from=recipe_from, build=build_variant, convert=convert
+            model=model,
+            variant=variant,
+            recipe_from=recipe_from,
+            build=build_variant,
+            convert=convert,
+            has_recipes_size=has_recipes_size,
         )
         for suffix, variant, build_variant in (("", "eager", eager), ("-compiled", "compiled", compiled))
     }
@@ -178,6 +186,11 @@ CONTENDERS: dict[str, Contender] = {
     **_eager_and_compiled("hf-bert", "Hugging Face BERT", _build_hf_bert, _as_bert, padded),
     **_eager_and_compiled("bert", "BERT, head on targets only", _build_ours, _as_bert, in_one_shape),
     **_eager_and_compiled(
-        "modernbert", "Hugging Face ModernBERT-Base", _build_modernbert, _as_user_runs_it, padded
+        "modernbert",
+        "Hugging Face ModernBERT-Base",
+        _build_modernbert,
+        _as_user_runs_it,
+        padded,
+        has_recipes_size=False,
     ),
 }

@@ -5,13 +5,15 @@ operations at the rate of a large matrix product, whichever is longer; both are 
 Times are medians over replays of a CUDA graph after a warm-up, at the sizes of MosaicBERT-Base.
 """
 
+import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from mosaicbert_ds.bench.machine import Machine, measure_machine, median_replay_ms, need_gpu
 from mosaicbert_ds.bench.report import Report, column
@@ -35,11 +37,12 @@ DROPOUT_P, LAYER_NORM_EPS = 0.1, 1e-12
 class Row:
     operation: str = column("operation")
     implementation: str = column("implementation")
-    forward_ms: float = column("forward ms", ".3f")
-    both_ms: float = column("both ms", ".3f")  # forward and backward
-    floor_ms: float = column("floor ms", ".3f")  # of both
-    over_floor: float = column("x floor", ".2f")
-    over_ours: float = column("x ours", ".2f")
+    forward_ms: float | None = column("forward ms", ".3f", None)
+    both_ms: float | None = column("both ms", ".3f", None)  # forward and backward
+    floor_ms: float | None = column("floor ms", ".3f", None)  # of both
+    over_floor: float | None = column("x floor", ".2f", None)
+    over_ours: float | None = column("x ours", ".2f", None)
+    note: str = column("", default="")
 
 
 def _normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -61,19 +64,32 @@ class _Bench:
         floor_ms = 1e3 * max(num_bytes / self.bytes_per_s, flops / self.flops_per_s)
         ours_ms: float | None = None
         for name, function in functions.items():
-            with torch.no_grad():
-                gradient = torch.randn_like(function(*inputs))
-            forward_ms = median_replay_ms(partial(function, *inputs))
-
-            def both(f: Callable = function, g: Tensor = gradient) -> None:
-                torch.autograd.grad(f(*inputs), inputs, g)
-
-            both_ms = median_replay_ms(both)
-            ours_ms = ours_ms or both_ms
-            self.rows.append(
-                Row(operation, name, forward_ms, both_ms, floor_ms, both_ms / floor_ms, both_ms / ours_ms)
-            )
+            try:
+                forward_ms, both_ms = _time(function, inputs)
+            except RuntimeError as error:  # out of memory, or the compiler's
+                if ours_ms is None:
+                    raise
+                row = Row(operation, name, note=f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
+            else:
+                ours_ms = ours_ms or both_ms
+                over_floor, over_ours = both_ms / floor_ms, both_ms / ours_ms
+                row = Row(operation, name, forward_ms, both_ms, floor_ms, over_floor, over_ours)
+            said = row.note or f"{row.both_ms:.3f} ms forward and backward"
+            print(f"{operation}, {name}: {said}", file=sys.stderr, flush=True)
+            self.rows.append(row)
         torch.compiler.reset()
+        torch.cuda.empty_cache()  # the graphs' memory pools
+
+
+def _time(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[float, float]:
+    """Milliseconds of the forward pass alone and with the backward pass."""
+    with torch.no_grad():
+        gradient = torch.randn_like(function(*inputs))
+
+    def both() -> None:
+        torch.autograd.grad(function(*inputs), inputs, gradient)
+
+    return median_replay_ms(partial(function, *inputs)), median_replay_ms(both)
 
 
 def _flex(cu_seqlens: Tensor, num_tokens: int, slopes: Tensor) -> Callable[[Tensor], Tensor]:
@@ -87,12 +103,17 @@ def _flex(cu_seqlens: Tensor, num_tokens: int, slopes: Tensor) -> Callable[[Tens
     def bias(score, batch, head, query, key):
         return score - slopes[head] * (query - key).abs()
 
-    mask = torch.compile(create_block_mask)(same_document, None, None, num_tokens, num_tokens, device="cuda")
+    @functools.cache  # made by the first call, which is not the one that is timed
+    def mask() -> BlockMask:
+        return torch.compile(create_block_mask)(
+            same_document, None, None, num_tokens, num_tokens, device="cuda"
+        )
+
     compiled = torch.compile(flex_attention)
 
     def attend(qkv: Tensor) -> Tensor:
         q, k, v = qkv.permute(1, 2, 0, 3)[:, None]  # each (1, heads, tokens, head_dim)
-        return compiled(q, k, v, score_mod=bias, block_mask=mask)[0].transpose(0, 1)
+        return compiled(q, k, v, score_mod=bias, block_mask=mask())[0].transpose(0, 1)
 
     return attend
 

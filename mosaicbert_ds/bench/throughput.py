@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from mosaicbert_ds import dist
-from mosaicbert_ds.bench.contenders import CONTENDERS, OURS, GlobalBatch
+from mosaicbert_ds.bench.contenders import CONTENDERS, OURS, Contender, GlobalBatch
 from mosaicbert_ds.bench.machine import lap_times_s, measure_machine
 from mosaicbert_ds.bench.report import Report, column
 from mosaicbert_ds.bench.training_run import (
@@ -21,6 +22,7 @@ from mosaicbert_ds.bench.training_run import (
 )
 from mosaicbert_ds.config import RunConfig
 from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.model import ModelConfig
 from mosaicbert_ds.training.meter import Rates, memory, peak_flops_per_s
 
 _WARM_UP_STEPS = 2 * DIFFERENT_STEPS  # every shape twice: loaded and compiled, then recorded
@@ -42,7 +44,8 @@ class Row:
     samples_per_s_min: float | None = column("min", ",.1f", None)
     samples_per_s_max: float | None = column("max", ",.1f", None)
     tokens_per_s: float | None = column("real tokens/s", ",.0f", None)
-    mfu: float | None = column("MFU (real tokens)", ".1%", None)
+    mfu: float | None = column("MFU (real tokens)", ".1%", None)  # by 6 x parameters
+    mfu_with_attention: float | None = column("with attention's products", ".1%", None)
     peak_gib: float | None = column("peak GiB", ".1f", None)
     reserved_gib: float | None = column("reserved GiB", ".1f", None)  # with the pools of recorded graphs
     loader_efficiency: float | None = column("of repeated", ".1%", None)  # real tokens/s
@@ -92,10 +95,11 @@ def _measure(name: str, recipe: RunConfig, text: Text, repeats: int) -> list[Row
         run = TrainingRun(recipe, text, contender.build)
         steps = [run.next_batches() for _ in range(DIFFERENT_STEPS)]
         repeated = itertools.cycle(contender.convert(steps, recipe.data.max_length))
-        rows = [_time(run, repeated, _WARM_UP_STEPS, repeats, row)]
+        rows = [_time(run, repeated, _WARM_UP_STEPS, repeats, row, contender)]
         if text.folder and contender.is_fed_by_loader:
             fresh = iter(run.next_batches, None)
-            loaded = _time(run, fresh, _LOADER_WARM_UP_STEPS, repeats, replace(row, batches="loader"))
+            row = replace(row, batches="loader")
+            loaded = _time(run, fresh, _LOADER_WARM_UP_STEPS, repeats, row, contender)
             assert loaded.tokens_per_s and rows[0].tokens_per_s
             rows.append(replace(loaded, loader_efficiency=loaded.tokens_per_s / rows[0].tokens_per_s))
         run.batches.close()
@@ -104,21 +108,44 @@ def _measure(name: str, recipe: RunConfig, text: Text, repeats: int) -> list[Row
     return rows
 
 
-def _time(run: TrainingRun, batches: Iterator[GlobalBatch], warm_up: int, repeats: int, row: Row) -> Row:
+def attention_as_tokens(cu_seqlens: Tensor, model: ModelConfig, num_parameters: int) -> float:
+    """How many more tokens would be as much work, at 6 operations a parameter and token, as the two products
+    of attention: 2 x hidden_size operations each for a pair of tokens of one row, in each layer, and twice
+    that in the backward pass."""
+    pairs = int(cu_seqlens.diff().long().square().sum())
+    return 12 * model.hidden_size * model.num_hidden_layers * pairs / (6 * num_parameters)
+
+
+def _time(
+    run: TrainingRun,
+    batches: Iterator[GlobalBatch],
+    warm_up: int,
+    repeats: int,
+    row: Row,
+    contender: Contender,
+) -> Row:
     """`row` with its figures."""
     tokens: list[int] = []
+    boundaries: list[list[Tensor]] = []  # of the rows of each micro batch
 
     def lap() -> None:
         micro_batches = next(batches)
         tokens.append(sum(batch.num_tokens for batch in micro_batches))
+        boundaries.append([batch.cu_seqlens for batch in micro_batches])
         run.step(micro_batches)
 
     for _ in range(warm_up):
         lap()
     tokens.clear()
+    boundaries.clear()
     seconds = lap_times_s(lap, repeats)
     samples_per_s = [run.plan.global_batch_size / s for s in seconds]
     tokens_per_s = statistics.median(n / s for n, s in zip(tokens, seconds, strict=True))
+    more = [
+        sum(attention_as_tokens(each, run.recipe.model, run.num_parameters) for each in step)
+        for step in boundaries
+    ]
+    with_attention = statistics.median((n + m) / s for n, m, s in zip(tokens, more, seconds, strict=True))
     rates = Rates(
         num_parameters=run.num_parameters,
         max_length=run.recipe.data.max_length,
@@ -135,6 +162,7 @@ def _time(run: TrainingRun, batches: Iterator[GlobalBatch], warm_up: int, repeat
         samples_per_s_max=max(samples_per_s),
         tokens_per_s=tokens_per_s,
         mfu=rates.mfu(tokens_per_s),
+        mfu_with_attention=rates.mfu(with_attention) if contender.has_recipes_size else None,
         peak_gib=gpu_memory.get("memory/gpu_allocated_peak_gib"),
         reserved_gib=gpu_memory.get("memory/gpu_reserved_gib"),
     )
