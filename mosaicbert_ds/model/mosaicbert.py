@@ -15,7 +15,7 @@ nothing but torch, transformers and the standard library, and of our own code on
 Source of the architecture: https://arxiv.org/abs/2312.17482.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -216,20 +216,9 @@ class MosaicBertLayer(nn.Module):
         self.attention = MosaicBertAttention(config)
         self.mlp = MosaicBertGatedMLP(config)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        stream: Tensor | None,
-        slopes: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        positions: Tensor | None,
-        memory: Tensor | None,
-        queries: ops.Queries | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return self.mlp(
-            *self.attention(hidden, stream, slopes, cu_seqlens, max_seqlen, positions, memory, queries)
-        )
+    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """As `MosaicBertAttention.forward`."""
+        return self.mlp(*self.attention(*arguments))
 
 
 class MosaicBertEncoder(nn.Module):
@@ -287,8 +276,8 @@ class MosaicBertEncoder(nn.Module):
                     hidden = hidden.index_select(0, asking)
                     stream = None if stream is None else stream.index_select(0, asking)
             is_last = layer is self.layer[-1]
-            rows = positions if is_last and memory is None else None
-            arguments = (hidden, stream, slopes, cu_seqlens, max_seqlen, rows, memory, queries)
+            read = positions if is_last and memory is None else None
+            arguments = (hidden, stream, slopes, cu_seqlens, max_seqlen, read, memory, queries)
             if self.gradient_checkpointing and self.training:
                 hidden, stream = checkpoint(layer, *arguments, use_reentrant=False)
             else:

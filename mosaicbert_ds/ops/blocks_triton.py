@@ -82,16 +82,26 @@ def _hidden_and_stream(
 
 
 class _AttentionBlock(torch.autograd.Function):
+    """Of all tokens; or with `memory` of the queries alone, keys and values made of the memory."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         positions: Tensor | None, eps: float, attention_dropout_p: float, hidden_dropout_p: float,
-        stream: Tensor | None, main_grads: tuple[Tensor | None, ...] | None, *weights: Tensor,
+        stream: Tensor | None, memory: Tensor | None, queries: Queries | None,
+        main_grads: tuple[Tensor | None, ...] | None, *weights: Tensor,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        w = AttentionWeights(*weights)
-        qkv = F.linear(hidden, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, slopes.shape[0], -1))
+        w, heads, width = AttentionWeights(*weights), slopes.shape[0], hidden.shape[1]
         attention_seed = _seed(hidden.device, attention_dropout_p)
-        out, lse = attention_forward(qkv, slopes, cu_seqlens, max_seqlen, attention_seed, attention_dropout_p)
+        how = (slopes, cu_seqlens, max_seqlen, attention_seed, attention_dropout_p)
+        if memory is None or queries is None:
+            q = F.linear(hidden, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, heads, -1))  # and k and v
+            kv = None
+            out, lse = attention_forward(q, *how)
+        else:
+            q = F.linear(hidden, w.qkv_weight[:width], w.qkv_bias[:width]).unflatten(-1, (heads, -1))
+            kv = F.linear(memory, w.qkv_weight[width:], w.qkv_bias[width:]).unflatten(-1, (2, heads, -1))
+            out, lse = queries_forward(q, kv, queries, *how)
         context, residual = out.flatten(1), hidden  # both (tokens, hidden)
         if positions is not None:
             context, residual = context.index_select(0, positions), hidden.index_select(0, positions)
@@ -102,8 +112,8 @@ class _AttentionBlock(torch.autograd.Function):
             dense, w.dense_bias, residual, stream, w, seed, eps, hidden_dropout_p
         )
         ctx.save_for_backward(
-            *norm_saved, hidden, qkv, out, lse, context, attention_seed, slopes, cu_seqlens, positions,
-            *weights,
+            *norm_saved, hidden, memory, q, kv, out, lse, context, attention_seed, slopes, cu_seqlens,
+            positions, *(queries or (None, None)), *weights,
         )  # fmt: skip
         ctx.max_seqlen, ctx.main_grads = max_seqlen, main_grads
         ctx.attention_dropout_p, ctx.hidden_dropout_p = attention_dropout_p, hidden_dropout_p
@@ -113,9 +123,10 @@ class _AttentionBlock(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor, d_stream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         norm_saved = ctx.saved_tensors[:6]
         (
-            hidden, qkv, out, lse, context, attention_seed, slopes, cu_seqlens, positions, *weights,
+            hidden, memory, q, kv, out, lse, context, attention_seed, slopes, cu_seqlens,
+            positions, rows, cu_queries, *weights,
         ) = ctx.saved_tensors[6:]  # fmt: skip
-        w = AttentionWeights(*weights)
+        w, width = AttentionWeights(*weights), hidden.shape[1]
         d_dense, d_addend, sums = _norm_backward(
             norm_saved, w.dense_bias, w.norm_weight, d_y, d_stream, ctx.hidden_dropout_p
         )
@@ -126,82 +137,29 @@ class _AttentionBlock(torch.autograd.Function):
         if positions is not None:
             d_context = _scattered(d_context, positions, len(hidden))
             d_addend = _scattered(d_addend, positions, len(hidden))
-        d_qkv = attention_backward(
-            qkv, out, d_context.view_as(out), lse, slopes, cu_seqlens, ctx.max_seqlen,
-            attention_seed, ctx.attention_dropout_p,
-        ).flatten(1)  # fmt: skip
+        d_out = d_context.view_as(out)
+        how = (lse, slopes, cu_seqlens, ctx.max_seqlen, attention_seed, ctx.attention_dropout_p)
         # A shift of all of a query's scores changes no softmax, so the bias of the keys has no gradient. The
         # sum would be rounding, which Adam's normalised step takes for a direction.
-        width = hidden.shape[1]
-        d_weights = (
-            product(main_qkv, d_qkv, hidden), column_sums(d_qkv, zeros=range(width, 2 * width)),
-            d_dense_weight, d_dense_bias, d_norm_weight, d_norm_bias,
-        )  # fmt: skip
-        d_hidden, d_stream = _hidden_and_stream(d_addend, d_stream, d_qkv, w.qkv_weight)
-        return d_hidden, *(None,) * 7, d_stream, None, *settle(d_weights, ctx.main_grads, w)
-
-
-class _NarrowAttentionBlock(torch.autograd.Function):
-    """Only some tokens ask: hidden, stream and y are theirs, keys and values are made of `memory`."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, memory: Tensor, queries: Queries, slopes: Tensor, cu_seqlens: Tensor,
-        max_seqlen: int, eps: float, attention_dropout_p: float, hidden_dropout_p: float,
-        stream: Tensor | None, main_grads: tuple[Tensor | None, ...] | None, *weights: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        w, heads, width = AttentionWeights(*weights), slopes.shape[0], hidden.shape[1]
-        q = F.linear(hidden, w.qkv_weight[:width], w.qkv_bias[:width]).unflatten(-1, (heads, -1))
-        kv = F.linear(memory, w.qkv_weight[width:], w.qkv_bias[width:]).unflatten(-1, (2, heads, -1))
-        attention_seed = _seed(hidden.device, attention_dropout_p)
-        out, lse = queries_forward(
-            q, kv, queries, slopes, cu_seqlens, max_seqlen, attention_seed, attention_dropout_p
-        )
-        dense = F.linear(out.flatten(1), w.dense_weight)
-        seed = _seed(hidden.device, hidden_dropout_p)
-        y, stream, norm_saved = _norm_forward(
-            dense, w.dense_bias, hidden, stream, w, seed, eps, hidden_dropout_p
-        )
-        ctx.save_for_backward(
-            *norm_saved, hidden, memory, q, kv, out, lse, attention_seed, slopes, cu_seqlens, *queries,
-            *weights,
-        )  # fmt: skip
-        ctx.max_seqlen, ctx.main_grads = max_seqlen, main_grads
-        ctx.attention_dropout_p, ctx.hidden_dropout_p = attention_dropout_p, hidden_dropout_p
-        return y, stream
-
-    @staticmethod
-    def backward(ctx: Any, d_y: Tensor, d_stream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        norm_saved = ctx.saved_tensors[:6]
-        (
-            hidden, memory, q, kv, out, lse, attention_seed, slopes, cu_seqlens, rows, cu_queries, *weights,
-        ) = ctx.saved_tensors[6:]  # fmt: skip
-        w, width = AttentionWeights(*weights), hidden.shape[1]
-        d_dense, d_addend, sums = _norm_backward(
-            norm_saved, w.dense_bias, w.norm_weight, d_y, d_stream, ctx.hidden_dropout_p
-        )
-        d_norm_weight, d_norm_bias, d_dense_bias = sums
-        main_qkv, _, main_dense, *_ = ctx.main_grads or (None,) * len(w)
-        d_dense_weight = product(main_dense, d_dense, out.flatten(1))
-        d_out = (d_dense @ w.dense_weight).view_as(out)
-        d_q, d_kv = (
-            gradient.flatten(1)
-            for gradient in queries_backward(
-                q, kv, Queries(rows, cu_queries), out, d_out, lse, slopes, cu_seqlens, ctx.max_seqlen,
-                attention_seed, ctx.attention_dropout_p,
-            )
-        )  # fmt: skip
-        main_q, main_kv = (None, None) if main_qkv is None else main_qkv.split([width, 2 * width])
-        parts = (product(main_q, d_q, hidden), product(main_kv, d_kv, memory))
-        returned = [part for part in parts if part is not None]
-        d_weights = (
-            torch.cat(returned) if returned else None,
-            torch.cat([column_sums(d_q), column_sums(d_kv, zeros=range(width))]),
-            d_dense_weight, d_dense_bias, d_norm_weight, d_norm_bias,
-        )  # fmt: skip
-        d_memory = d_kv @ w.qkv_weight[width:]
-        d_hidden, d_stream = _hidden_and_stream(d_addend, d_stream, d_q, w.qkv_weight[:width])
-        return d_hidden, d_memory, *(None,) * 7, d_stream, None, *settle(d_weights, ctx.main_grads, w)
+        if memory is None:
+            d_q = attention_backward(q, out, d_out, *how).flatten(1)
+            d_qkv_weight = product(main_qkv, d_q, hidden)
+            d_qkv_bias = column_sums(d_q, zeros=range(width, 2 * width))
+            q_weight, d_memory = w.qkv_weight, None
+        else:
+            queries = Queries(rows, cu_queries)
+            d_q, d_kv = (d.flatten(1) for d in queries_backward(q, kv, queries, out, d_out, *how))
+            q_weight, kv_weight = w.qkv_weight.split([width, 2 * width])
+            main_q, main_kv = (None, None) if main_qkv is None else main_qkv.split([width, 2 * width])
+            parts = (product(main_q, d_q, hidden), product(main_kv, d_kv, memory))
+            returned = [part for part in parts if part is not None]
+            d_qkv_weight = torch.cat(returned) if returned else None
+            d_qkv_bias = torch.cat([column_sums(d_q), column_sums(d_kv, zeros=range(width))])
+            d_memory = d_kv @ kv_weight
+        d_hidden, d_stream = _hidden_and_stream(d_addend, d_stream, d_q, q_weight)
+        d_weights = (d_qkv_weight, d_qkv_bias, d_dense_weight, d_dense_bias, d_norm_weight, d_norm_bias)
+        settled = settle(d_weights, ctx.main_grads, w)
+        return d_hidden, *(None,) * 7, d_stream, d_memory, None, None, *settled
 
 
 class _MLPBlock(torch.autograd.Function):
@@ -250,14 +208,9 @@ def attention_block(
     queries: Queries | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.attention_block` defines it."""
-    if memory is not None:
-        return _NarrowAttentionBlock.apply(
-            hidden, memory, queries, slopes, cu_seqlens, max_seqlen, eps, attention_dropout_p,
-            hidden_dropout_p, stream, main_grads_of(weights), *weights,
-        )  # fmt: skip
     return _AttentionBlock.apply(
         hidden, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p, hidden_dropout_p,
-        stream, main_grads_of(weights), *weights,
+        stream, memory, queries, main_grads_of(weights), *weights,
     )  # fmt: skip
 
 

@@ -244,18 +244,3 @@ def dropout_add_layer_norm(
     """LayerNorm(dropout(x + x_bias) + residual): x, residual (tokens, hidden) -> (tokens, hidden)."""
     seed = draw_seed(x.device) if drop_threshold(dropout_p) else None
     return layer_norm_forward(x, x_bias, residual, weight, bias, seed, eps, dropout_p)[0]
-
-
-def dropout_add_and_layer_norm(
-    x: Tensor,
-    x_bias: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """`reference.dropout_add_and_layer_norm` defines it."""
-    seed = draw_seed(x.device) if drop_threshold(dropout_p) else None
-    out, _, _, total = layer_norm_forward(x, x_bias, residual, weight, bias, seed, eps, dropout_p, True)
-    return out, total

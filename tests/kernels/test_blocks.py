@@ -21,6 +21,7 @@ from mosaicbert_ds.ops import (
     layernorm_dropout_triton,
 )
 from mosaicbert_ds.ops.column_sums_triton import column_sums
+from mosaicbert_ds.ops.dropout_triton import draw_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, HEADS, INTERMEDIATE, EPS = 32, 2, 48, 1e-12
@@ -52,9 +53,11 @@ def chained_norm(x, x_bias, hidden, stream, w, eps, p):
         return dropout_layernorm_triton.dropout_add_layer_norm(
             x, x_bias, hidden, w.norm_weight, w.norm_bias, eps, p
         ), None
-    return dropout_layernorm_triton.dropout_add_and_layer_norm(
-        x, x_bias, stream, w.norm_weight, w.norm_bias, eps, p
+    seed = draw_seed(x.device) if p else None
+    out, _, _, total = dropout_layernorm_triton.layer_norm_forward(
+        x, x_bias, stream, w.norm_weight, w.norm_bias, seed, eps, p, keep_sum=True
     )
+    return out, total
 
 
 def chained_attention_block(
