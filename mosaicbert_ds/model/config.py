@@ -33,8 +33,8 @@ class ModelConfig:
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     # Of mosaicbert alone, each with its published value first.
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_placement: Literal["post", "pre"] = "post"  # of the residual's sum, or of what a half reads
-    masked_only_layers: Annotated[int, Field(ge=0)] = 0  # the last ones compute nothing else (NarrowBERT)
+    norm_placement: Literal["post", "pre"] = "post"  # behind the residual's sum, or before each half
+    masked_only_layers: Annotated[int, Field(ge=0)] = 0  # NarrowBERT: so many at the end
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, slower
 
     def __post_init__(self) -> None:

@@ -119,6 +119,7 @@ def test_config_refuses_what_cannot_be_built():
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"hidden_dropout": 1.0}, "hidden_dropout is 1.0"),
         ({"architecture": "roberta"}, "architecture is"),
+        ({"masked_only_layers": 12}, "masked_only_layers 12 leaves none of the 12 layers to all tokens"),
     ]:
         with pytest.raises(ConfigError, match=message):
             from_tree(ModelConfig, tree, "recipe.yaml")
