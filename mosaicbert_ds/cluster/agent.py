@@ -9,8 +9,10 @@ Needs nothing but Python and the package: no torch, to be there at once.
 """
 
 import base64
+import contextlib
 import json
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -29,7 +31,7 @@ JOB_VARIABLE = "MOSAICBERT_JOB"  # stands in the environment of every process of
 HEARTBEATS_VARIABLE = "MOSAICBERT_HEARTBEATS"  # the folder where `dist.beat` touches a file a rank
 BEAT_EVERY_S = 1.0
 SILENCE_LIMIT_S = 20.0  # no word from the other end for so long: it, or the network, is gone
-_LOOK_EVERY_S = 0.2  # DeepSpeed's launcher looks once a second: a dead rank is seen here before it is reaped
+_LOOK_EVERY_S = 0.2
 _KILL_LIMIT_S = 10.0  # a process in the kernel's hands may take a moment to go
 
 
@@ -178,12 +180,17 @@ def pass_on(output: IO[bytes]) -> None:
 
 
 class Ranks:
-    """What is known of the host's ranks: their processes, their exit codes, their heartbeats."""
+    """What is known of the host's ranks: their processes, their exit codes, their heartbeats.
+
+    Which one ended first the kernel says at once (a pidfd), with its code until DeepSpeed's launcher, which
+    looks once a second, has reaped it; then the launcher ends with that code itself.
+    """
 
     def __init__(self, order: dict[str, Any], launcher: "subprocess.Popen[bytes]") -> None:
-        self.job, self.launcher, self.started_s = order["job"], launcher, time.time()
+        self.job, self.launcher = order["job"], launcher
         self.pids: dict[int, int] = {}  # rank to process
-        self.codes: dict[int, int] = {}  # rank to exit code, in the order in which they ended
+        self.codes: dict[int, int | None] = {}  # rank to exit code, in the order in which they ended
+        self._living = selectors.DefaultSelector()
 
     def look(self) -> None:
         children = Path(f"/proc/{self.launcher.pid}/task/{self.launcher.pid}/children")
@@ -199,12 +206,32 @@ class Ranks:
             number = next((entry[5:] for entry in entries if entry.startswith(b"RANK=")), b"")
             if number.isdigit():
                 self.pids[int(number)] = pid
-        for rank, pid in self.pids.items():
-            if rank not in self.codes and (code := _exit_code(pid)) is not None:
-                self.codes[rank] = code
+                with contextlib.suppress(OSError):  # gone meanwhile, or a kernel before 5.3
+                    self._living.register(os.pidfd_open(pid), selectors.EVENT_READ, int(number))
 
-    def first_failed(self) -> int | None:
-        return next((rank for rank, code in self.codes.items() if code not in (0, EXIT_STOPPED)), None)
+    def wait(self, limit_s: float) -> None:
+        """Until a rank ends, or until `limit_s` is over."""
+        told = [key for key, _ in self._living.select(limit_s)]
+        for key in told:
+            self._living.unregister(key.fileobj)
+            os.close(key.fd)
+        for rank in (*(key.data for key in told), *self.pids):
+            if rank not in self.codes and _has_ended(self.pids[rank]):
+                self.codes[rank] = _exit_code(self.pids[rank])
+
+    def failure(self) -> tuple[int, int | None] | None:
+        """Exit code and rank of the first one that failed, no rank where it is the launcher; None so far."""
+        good, code = (0, EXIT_STOPPED), self.launcher.poll()
+        self.wait(0)  # whom the launcher has reaped has ended
+        for rank, its_code in self.codes.items():
+            if its_code is not None and its_code not in good:
+                return its_code, rank
+        if code is None or code in good:
+            return None
+        unknown = [rank for rank, its_code in self.codes.items() if its_code is None]
+        if code > 0 and unknown:  # sys.exit(-9) is 247 to the parent
+            return code - 256 if code >= 256 - signal.NSIG else code, unknown[0]
+        return code, None
 
     def silent_s(self) -> dict[int, float | None]:
         """Seconds since each living rank's last heartbeat; None before its first."""
@@ -224,16 +251,23 @@ class Ranks:
                 continue
 
 
-def _exit_code(pid: int) -> int | None:
-    """Of a process that has ended and is not yet reaped, as subprocess gives it; None while it lives, and 0
-    when it is gone already, which its parent then knows better."""
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat behind the name: state, parent, ...; empty if there is no such process."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0
-    if fields[0] not in "ZX":
-        return None
-    return os.waitstatus_to_exitcode(int(fields[49]))
+        return []
+
+
+def _has_ended(pid: int) -> bool:
+    stat = _stat(pid)
+    return not stat or stat[0] in "ZX"
+
+
+def _exit_code(pid: int) -> int | None:
+    """Of a process that has ended, as subprocess gives it; None if it is reaped."""
+    stat = _stat(pid)
+    return os.waitstatus_to_exitcode(int(stat[49])) if stat else None
 
 
 def watch(agent: Agent, order: dict[str, Any], interface: str) -> None:
@@ -245,11 +279,12 @@ def watch(agent: Agent, order: dict[str, Any], interface: str) -> None:
     told_at_s = 0.0
     try:
         while not agent.is_alone():
-            code = launcher.poll()
             ranks.look()
-            rank = ranks.first_failed()
-            if rank is not None or code is not None:
-                tell("end", code=code if rank is None else ranks.codes[rank], rank=rank)
+            if failure := ranks.failure():
+                tell("end", code=failure[0], rank=failure[1])
+                break
+            if (code := launcher.poll()) is not None:
+                tell("end", code=code, rank=None)
                 break
             command = agent.next_order() or {}
             if command.get("do") == "end":
@@ -262,7 +297,7 @@ def watch(agent: Agent, order: dict[str, Any], interface: str) -> None:
             if time.monotonic() - told_at_s >= BEAT_EVERY_S:
                 told_at_s = time.monotonic()
                 tell("beat", ranks=ranks.silent_s())
-            time.sleep(_LOOK_EVERY_S)
+            ranks.wait(_LOOK_EVERY_S)
     finally:
         left = end_job(order["job"], order["port"])
         launcher.wait()

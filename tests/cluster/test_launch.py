@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaicbert_ds import cli
-from mosaicbert_ds.cluster.agent import SILENCE_LIMIT_S
+from mosaicbert_ds.cluster.agent import SILENCE_LIMIT_S, Ranks
 from mosaicbert_ds.cluster.launch import END_LIMIT_S, far_side
 
 HERE = Path(__file__).parent
@@ -247,3 +247,36 @@ def test_mistakes_are_one_sentence(
     assert cli.main(["launch", *arguments]) == 2
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
+
+
+LAUNCHER = """
+import os, subprocess, sys, time
+
+ranks = [subprocess.Popen(["sleep", "60"], env={**os.environ, "RANK": str(rank)}) for rank in (0, 1)]
+print("started", flush=True)
+while not any(rank.poll() for rank in ranks):
+    time.sleep(float(sys.argv[1]))
+code = next(rank.returncode for rank in ranks if rank.returncode)
+for rank in ranks:
+    rank.kill()
+    rank.wait()
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(("looks_every_s", "we_look_after_s"), [(10, 0), (0.01, 1)], ids=["first", "last"])
+def test_a_dead_rank_is_named_whether_we_see_it_before_or_after_its_launcher(
+    looks_every_s: float, we_look_after_s: float
+) -> None:
+    command = [sys.executable, "-c", LAUNCHER, str(looks_every_s)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None and launcher.stdout.readline()
+        ranks = Ranks({"job": "none"}, launcher)
+        ranks.look()
+        assert ranks.pids.keys() == {0, 1} and ranks.failure() is None
+        os.kill(ranks.pids[1], signal.SIGKILL)
+        time.sleep(we_look_after_s)
+        ranks.wait(5)
+        assert ranks.failure() == (-signal.SIGKILL, 1)
+        ranks.signal(signal.SIGKILL)
+        launcher.kill()
