@@ -175,8 +175,7 @@ def test_narrow_attention_block_has_the_gradients_of_the_reference(lengths, posi
         assert (a.double() - b.double()).norm() <= TOLERANCE * b.double().norm()
 
 
-@pytest.mark.parametrize("placement", ["post", "pre"])
-@pytest.mark.parametrize("lengths", [LENGTHS, [131, 2]], ids=["short", "long"])
+@pytest.mark.parametrize(("lengths", "placement"), [(LENGTHS, "post"), (LENGTHS, "pre"), ([131, 2], "pre")])
 def test_where_all_tokens_ask_the_narrow_attention_block_is_the_plain_one(lengths, placement):
     """With dropout, whose masks do not depend on how the tiles lie."""
     (hidden, stream), d_outs = inputs_of(placement, sum(lengths) + TRAILING)
