@@ -59,7 +59,7 @@ class Telemetry:
     """Writes scalars and tells the person at the terminal. `progress`: where it goes on from."""
 
     def __init__(self, folder: Path, plan: BatchPlan, recipe_text: str, progress: Progress) -> None:
-        self._total_steps = plan.total_steps
+        self._total_steps, self._minutes = plan.total_steps, plan.minutes
         self._done_before = plan.part_done(progress)
         self._started_s = time.perf_counter()
         resumed_at = progress.samples_seen
@@ -118,6 +118,8 @@ class Telemetry:
         self._lines.close()
 
     def _remaining_s(self, done: float) -> float:
+        if self._minutes is not None:
+            return 60 * self._minutes * (1 - done)
         spent_s = time.perf_counter() - self._started_s
         return spent_s * (1 - done) / max(done - self._done_before, 1e-9)
 
