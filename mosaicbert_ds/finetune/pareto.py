@@ -1,22 +1,23 @@
-"""The Pareto curve: GLUE of a run's checkpoints against hours, GPU-hours and dollars.
+"""The Pareto curve: GLUE of runs' checkpoints against time of training, GPU time and dollars.
 
-    OUT/pareto.csv  pareto.png  pareto.svg
+    OUT/pareto.csv  pareto.md  pareto.png  pareto.svg
     OUT/points/RUN-step-N/    results.md and results.json of each checkpoint
     OUT/jobs/  cache/         as of `finetune glue`: what has been scored is not scored again
 
-Each job's fingerprint holds that of the checkpoint it starts from, so all share one folder of jobs.
+Each job's fingerprint holds that of the checkpoint it starts from, so all share one folder of jobs. An OUT of
+before may stand for its runs: its points are taken as they are.
 """
 
 import csv
 import io
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mosaicbert_ds.data.files import write_durably
-from mosaicbert_ds.errors import CheckpointError, ConfigError, TrainingError
+from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mosaicbert_ds.finetune.config import FinetuneConfig
 from mosaicbert_ds.finetune.models import of_checkpoint
 from mosaicbert_ds.finetune.suite import Devices, Request, finetune, glue_request, stoppable
@@ -34,13 +35,20 @@ PUBLISHED: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
         (72.58, 79.88, 80.97, 81.60, 82.14, 82.84, 83.02, 83.11, 83.09, 83.51),
     ),
 }
+_TABLE = "pareto.csv"
 _PUBLISHED_GPUS, _PUBLISHED_USD_PER_GPU_HOUR = 8, 2.50
+
+
+class TaskScore(NamedTuple):
+    mean: float
+    std: float | None  # over seeds; one has none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """One checkpoint: what it cost and what it scores, in percent. `dollars` needs a price in the recipe."""
 
+    curve: str  # checkpoints of one curve are joined by a line
     run: str
     step: int
     samples: int
@@ -51,15 +59,18 @@ class Point:
     low: float  # of the 95 % interval
     high: float
     tasks: int
+    by_task: Mapping[str, TaskScore]
 
 
-def point_of(run: str, checkpoint: Checkpoint, average: Mapping[str, Any]) -> Point:
-    """The checkpoint's place on the curve. GPUs and price are those of the start that wrote it."""
-    state = checkpoint.state
+def point_of(curve: str, run: str, checkpoint: Checkpoint, results: Mapping[str, Any]) -> Point:
+    """The checkpoint's place on the curve. Time is that of training, without evaluation and saving; GPUs and
+    price are those of the start that wrote it."""
+    state, average = checkpoint.state, results["average"]
     progress, price = state["progress"], state["recipe"]["telemetry"]["usd_per_gpu_hour"]
-    hours = progress["elapsed_s"] / 3600
+    hours = progress["training_s"] / 3600
     gpu_hours = hours * state["world_size"]
     return Point(
+        curve=curve,
         run=run,
         step=progress["step"],
         samples=progress["samples_seen"],
@@ -70,11 +81,20 @@ def point_of(run: str, checkpoint: Checkpoint, average: Mapping[str, Any]) -> Po
         low=average["interval"][0],
         high=average["interval"][1],
         tasks=average["tasks"],
+        by_task={name: TaskScore(row["score"], row["std"]) for name, row in results["tasks"].items()},
     )
 
 
+def named_run(text: str) -> tuple[str, Path]:
+    """CURVE=RUN, or RUN alone, whose name is its curve's."""
+    curve, equals, run = text.partition("=")
+    if not equals or Path(text).exists():  # a folder may have "=" in its name
+        return Path(text).resolve().name, Path(text)
+    return curve, Path(run)
+
+
 def pareto(
-    runs: Sequence[Path],
+    runs: Sequence[tuple[str, Path]],
     config: FinetuneConfig,
     files: Mapping[str, Mapping[str, Path]],
     out: Path,
@@ -83,20 +103,31 @@ def pareto(
     say: Callable[[str], None] = print,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> list[Point]:
-    """Score every checkpoint of `runs` that has not been scored, and write table and pictures.
+    """Score every checkpoint of `runs` that has not been scored, and write tables and pictures. `runs`: pairs
+    of a curve and a run's folder.
 
     Raises CheckpointError for a run without checkpoints, StoppedError if asked to stop, TrainingError when
     jobs have failed, after what has a score is written.
     """
-    names = [run.resolve().name for run in runs]
+    before = [run / _TABLE for _, run in runs if (run / _TABLE).is_file()]
+    points = {(point.run, point.step): point for table in before for point in _read(table)}
+    runs = [(curve, run) for curve, run in runs if run / _TABLE not in before]
+    names = [run.resolve().name for _, run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"runs {', '.join(names)} share a name; rename their folders")
-    steps = {name: saved_steps(run / "checkpoints")[::-1] for name, run in zip(names, runs, strict=True)}
-    for name, run in zip(names, runs, strict=True):
-        if not steps[name]:
+    steps = [saved_steps(run / "checkpoints")[::-1] for _, run in runs]
+    for (_, run), folders in zip(runs, steps, strict=True):
+        if not folders:
             raise CheckpointError(f"{run} holds no checkpoint; give a run's folder")
-    points, complaints = [], []
-    for name, folder in ((name, folder) for name, folders in steps.items() for folder in folders):
+    if points:
+        _write(points.values(), out)
+    complaints = []
+    todo = [
+        (curve, name, folder)
+        for (curve, _), name, folders in zip(runs, names, steps, strict=True)
+        for folder in folders
+    ]
+    for curve, name, folder in todo:
         say(f"{name} {folder.name}")
         try:
             checkpoint = open_verified(folder)
@@ -110,24 +141,97 @@ def pareto(
         except (CheckpointError, TrainingError) as error:  # removed by its run meanwhile, damaged, diverged
             complaints.append(f"{name} {folder.name}: {error}")
             continue
-        points.append(point_of(name, checkpoint, results["average"]))
-        _write(points, out)
+        point = point_of(curve, name, checkpoint, results)
+        points[point.run, point.step] = point
+        _write(points.values(), out)
         # What was needed to start from takes gigabytes a checkpoint; the answers stay.
         shutil.rmtree(pretrained.folder, ignore_errors=True)
         for job in results["jobs"]:
             shutil.rmtree(out / "jobs" / job / "model", ignore_errors=True)
     if complaints:
         raise TrainingError(f"{len(complaints)} checkpoints have no score: " + "; ".join(complaints))
-    return points
+    return _in_order(points.values())
 
 
-def _write(points: Sequence[Point], out: Path) -> None:
+def _in_order(points: Iterable[Point]) -> list[Point]:
+    return sorted(points, key=lambda point: (point.curve, point.gpu_hours))
+
+
+def _write(points: Iterable[Point], out: Path) -> None:
+    points = _in_order(points)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(asdict(points[0])), lineterminator="\n")
+    rows = [_row_of(point) for point in points]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(point) for point in points)
-    write_durably(out / "pareto.csv", text.getvalue().encode())
+    writer.writerows(rows)
+    write_durably(out / _TABLE, text.getvalue().encode())
+    write_durably(out / "pareto.md", markdown(points).encode())
     plot(points, [out / "pareto.png", out / "pareto.svg"])
+
+
+def _row_of(point: Point) -> dict[str, Any]:
+    row = asdict(point)
+    for task, (mean, std) in row.pop("by_task").items():
+        row |= {task: mean, f"{task} std": std}
+    return row
+
+
+def _read(table: Path) -> list[Point]:
+    """The points that `_write` wrote. Raises DataError for another table."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [
+            Point(
+                **{field.name: _TYPES[field.name](row[field.name]) for field in fields(Point)[:-1]},
+                by_task={
+                    task: TaskScore(float(row[task]), _number(row[f"{task} std"]))
+                    for task in GLUE
+                    if row.get(task)
+                },
+            )
+            for row in rows
+        ]
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{table} is no table of `mosaicbert pareto` ({error}); make it again") from None
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("curve", "run"), str),
+    **dict.fromkeys(("step", "samples", "tasks"), int),
+    **dict.fromkeys(("hours", "gpu_hours", "score", "low", "high"), float),
+    "dollars": _number,
+}
+
+
+def markdown(points: Sequence[Point]) -> str:
+    """The points by task, as a Markdown table: means over seeds, and their standard deviations."""
+    tasks = [task for task in GLUE if any(task in point.by_task for point in points)]
+    unit, factor = _unit(points)
+    titles = ["model", f"GPU-{unit}", "$", "samples", *(GLUE[task].title for task in tasks), "mean"]
+    lines = [titles, ["---"] * len(titles)]
+    for point in points:
+        cost = "" if point.dollars is None else f"{point.dollars:,.2f}"
+        scores = [_said(point.by_task[task]) if task in point.by_task else "" for task in tasks]
+        mean = f"**{point.score:.1f}** ({point.low:.1f} to {point.high:.1f})"
+        lines.append(
+            [point.curve, f"{factor * point.gpu_hours:,.1f}", cost, f"{point.samples:,}", *scores, mean]
+        )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _said(score: TaskScore) -> str:
+    return f"{score.mean:.1f}" if score.std is None else f"{score.mean:.1f} ± {score.std:.1f}"
+
+
+def _unit(points: Sequence[Point]) -> tuple[str, float]:
+    """What time is told in, and how many of it an hour has."""
+    return ("minutes", 60.0) if max(point.gpu_hours for point in points) < 1 else ("hours", 1.0)
 
 
 def plot(points: Sequence[Point], pictures: Sequence[Path]) -> None:
@@ -139,21 +243,23 @@ def plot(points: Sequence[Point], pictures: Sequence[Path]) -> None:
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
+    unit, per_hour = _unit(points)
     costs = (
-        ("hours", "hours of training", 1.0),
-        ("gpu_hours", "GPU-hours", _PUBLISHED_GPUS),
-        ("dollars", "dollars", _PUBLISHED_GPUS * _PUBLISHED_USD_PER_GPU_HOUR),
+        ("hours", f"{unit} of training", per_hour, 1.0),
+        ("gpu_hours", f"GPU-{unit}", per_hour, _PUBLISHED_GPUS),
+        ("dollars", "dollars", 1.0, _PUBLISHED_GPUS * _PUBLISHED_USD_PER_GPU_HOUR),
     )
-    for panel, (cost, label, factor) in zip(axes, costs, strict=True):
+    for panel, (cost, label, scale, published) in zip(axes, costs, strict=True):
         for (name, (hours, scores)), style in zip(PUBLISHED.items(), ("--", ":"), strict=True):
-            panel.plot([factor * h for h in hours], scores, style, color="0.4", label=f"{name} (8 A100)")
-        for number, run in enumerate(dict.fromkeys(point.run for point in points)):
-            mine = [p for p in points if p.run == run and getattr(p, cost) is not None]
+            xs = [scale * published * h for h in hours]
+            panel.plot(xs, scores, style, color="0.4", label=f"{name} (8 A100)")
+        for number, curve in enumerate(dict.fromkeys(point.curve for point in points)):
+            mine = [p for p in points if p.curve == curve and getattr(p, cost) is not None]
             below, above = [p.score - p.low for p in mine], [p.high - p.score for p in mine]
             # A percentile interval may leave out the score itself by a hair.
             errors = [[max(0.0, e) for e in side] for side in (below, above)]
-            xs, ys = [getattr(p, cost) for p in mine], [p.score for p in mine]
-            panel.errorbar(xs, ys, errors, fmt="o-", color=f"C{number}", capsize=3, label=run)
+            xs, ys = [scale * getattr(p, cost) for p in mine], [p.score for p in mine]
+            panel.errorbar(xs, ys, errors, fmt="o-", color=f"C{number}", capsize=3, label=curve)
         panel.set(xlabel=label, xscale="log")
         panel.grid(alpha=0.3)
     tasks = points[0].tasks
@@ -164,10 +270,13 @@ def plot(points: Sequence[Point], pictures: Sequence[Path]) -> None:
 
 
 def pareto_command(
-    request: Request, runs: Sequence[Path], glue_dir: str, tasks: list[str] | None, from_pretrained: bool
+    request: Request, runs: Sequence[str], glue_dir: str, tasks: list[str] | None, from_pretrained: bool
 ) -> None:
     """`mosaicbert pareto`."""
     config, files = glue_request(request, glue_dir, tasks, from_pretrained)
     with stoppable() as stop:
-        pareto(runs, config, files, request.out, devices=request.devices, asked_to_stop=lambda: bool(stop))
-    print(f"curve in {request.out / 'pareto.png'}, pareto.svg and pareto.csv", flush=True)
+        points = pareto(
+            [named_run(run) for run in runs], config, files, request.out,
+            devices=request.devices, asked_to_stop=lambda: bool(stop),
+        )  # fmt: skip
+    print(markdown(points), f"curve in {request.out / 'pareto.png'}, pareto.svg and pareto.csv", sep="\n")

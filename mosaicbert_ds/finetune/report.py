@@ -77,6 +77,7 @@ def summarise(
         rows_of_tasks[name] = {
             "title": task.title,
             "score": 100 * task_score(task, runs),
+            "std": _spread([100 * task_score(task, [run]) for run in runs])["std"],
             "interval": [low, high],
             "published": task.published,
             "complete": len(done) == len(mine),
@@ -151,7 +152,8 @@ def table(results: Mapping[str, Any]) -> str:
             end = " | | |" if several else _end(row)
             lines.append(f"| {row['title']} | {name} | {metric['mean']:.2f} | {std} | {metric['n']}{end}")
         if several:
-            lines.append(f"| {row['title']} | **score** | {row['score']:.2f} | |{_end(row)}")
+            std = "" if row["std"] is None else f"{row['std']:.2f}"
+            lines.append(f"| {row['title']} | **score** | {row['score']:.2f} | {std} |{_end(row)}")
     average = results.get("average")
     if average and average["tasks"] > 1:
         name = "GLUE" if average["is_glue"] else f"mean of {average['tasks']} tasks"

@@ -14,7 +14,7 @@ from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError
 from mosaicbert_ds.finetune.config import load_finetune_recipe
 from mosaicbert_ds.finetune.lengths import evaluate_lengths
 from mosaicbert_ds.finetune.models import load_masked_lm
-from mosaicbert_ds.finetune.pareto import PUBLISHED, pareto
+from mosaicbert_ds.finetune.pareto import PUBLISHED, named_run, pareto
 from mosaicbert_ds.finetune.plan import choose_tasks
 from mosaicbert_ds.finetune.suite import Devices, glue_files
 from mosaicbert_ds.model import ModelConfig, build_pretraining_model
@@ -33,7 +33,12 @@ def _save(run: Path, step: int, tokenizer: Path) -> None:
     torch.manual_seed(step)
     weights = {n: p.detach().clone() for n, p in build_pretraining_model(MODEL).named_parameters()}
     state = {
-        "progress": {"step": step, "samples_seen": 4096 * step, "tokens_seen": 0, "elapsed_s": 1800.0 * step},
+        "progress": {
+            "step": step,
+            "samples_seen": 4096 * step,
+            "tokens_seen": 0,
+            "training_s": 1800.0 * step,
+        },
         "recipe": to_tree(RunConfig(model=MODEL, optimizer=OptimizerConfig())),
         "world_size": 8,
         "kept": True,
@@ -50,7 +55,7 @@ def test_each_checkpoint_of_a_run_is_scored_once(models: dict[str, Path], tmp_pa
     files = glue_files(SAMPLES / "glue", ["mnli", "rte"])
 
     def score() -> tuple[list[dict[str, str]], dict[Path, int]]:
-        pareto([run], config, files, out, devices=Devices())
+        pareto([("mosaic", run)], config, files, out, devices=Devices())
         with (out / "pareto.csv").open() as file:
             return list(csv.DictReader(file)), {
                 p: p.stat().st_mtime_ns for p in out.glob("jobs/*/result.json")
@@ -81,8 +86,20 @@ def test_each_checkpoint_of_a_run_is_scored_once(models: dict[str, Path], tmp_pa
     # RTE once more, at another rate: its start is gone from the disk and is made again.
     changed = load_finetune_recipe("glue", ["max_length=32", "tasks.mnli.epochs=1", "tasks.rte.epochs=1"])
     again = choose_tasks(changed, ["mnli", "rte"], [1], from_pretrained=False)
-    pareto([run], again, files, out, devices=Devices())
+    scored = pareto([("mosaic", run)], again, files, out, devices=Devices())
     assert len(list(out.glob("jobs/*/result.json"))) == 6
+
+    # What was scored elsewhere joins the picture by its table alone.
+    shutil.rmtree(run)
+    assert pareto([named_run(str(out))], again, files, tmp_path / "joined", devices=Devices()) == scored
+    assert {p.curve for p in scored} == {"mosaic"} and named_run(f"bert={run}") == ("bert", run)
+    lines = (tmp_path / "joined/pareto.md").read_text().splitlines()
+    assert (
+        len(lines) == 4 and "| MNLI | RTE |" in lines[0] and lines[3].startswith("| mosaic | 8.0 | 20.00 |")
+    )
+    (out / "pareto.csv").write_text("run,step\nrun,1\n")
+    with pytest.raises(DataError, match="is no table of"):
+        pareto([named_run(str(out))], again, files, out, devices=Devices())
 
 
 def test_the_published_curves_are_those_of_the_plot() -> None:
