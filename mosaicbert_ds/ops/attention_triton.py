@@ -9,6 +9,11 @@ Queries, keys and values are read where the projection wrote them, (tokens, 3, h
 gradients are written into one tensor of that shape. Of the scores only LSE_i = log2 sum_j 2^(S_ij log2 e) is
 kept, (heads, tokens) fp32. Nothing is summed with atomics, so gradients have the same bits each time.
 
+rowsum(dO O) takes O unrounded. From O in bf16 it is so far off that a query's dS no longer sums up to zero,
+and dQ gets the difference times what its keys have in common: the more they and the values share, the worse,
+1.3 times PyTorch's error with biases as large as the spread, and soon several times. So it is made of P where
+P is at hand as a whole, and else the forward pass writes beside O what O `lost` in rounding.
+
 - Up to 128 tokens a sequence one program owns a whole (sequence, head): the forward pass reads 3 rows of
   head_dim a token and writes 1, the backward pass computes dQ, dK and dV at once and reads 4, writes 3. At
   head_dim 64 that is memory-bound; what it takes is few instructions a score and several programs an SM.
@@ -222,9 +227,7 @@ def _attention_one_tile_backward(
     d_p = _dot(d_o, tl.trans(v))
     if THRESHOLD > 0:
         d_p = tl.where(keep, d_p * keep_scale(THRESHOLD), 0.0)
-    # rowsum(dO O) from the probabilities at hand. From O rounded to bf16 the gradients of sequences of two or
-    # three tokens would be 1.2 to 1.4 times as far off as PyTorch's.
-    delta = tl.sum(p * d_p, axis=1)
+    delta = tl.sum(p * d_p, axis=1)  # rowsum(dO O)
     d_s = (p * (d_p - delta[:, None])).to(k.dtype)
     d_k = _dot(tl.trans(d_s), q) * softmax_scale
     _store_rows(here + heads * HEAD_DIM, index, stride_grad, length, d_k, HEAD_DIM)
@@ -247,7 +250,7 @@ def _attention_one_tile_backward(
 
 @triton.jit(do_not_specialize=SHAPE)
 def _attention_forward(
-    queries, keys_values, out, lse, slopes, cu_queries, cu_seqlens, rows, seed,
+    queries, keys_values, out, lost, lse, slopes, cu_queries, cu_seqlens, rows, seed,
     num_queries, num_sequences, blocks, scale,
     stride_query, stride_token, stride_part, stride_head,
     heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
@@ -257,10 +260,10 @@ def _attention_forward(
     head = (tl.program_id(0) // blocks) % heads
     sequence = tl.program_id(0) // (blocks * heads)
     stride_out = heads * HEAD_DIM
-    target = out + head * HEAD_DIM
     tail = tl.load(cu_queries + num_sequences)
     part = sequence * blocks + block
-    _zero_tail(target, stride_out, tail, num_queries, part, num_sequences * blocks, M, HEAD_DIM)
+    zeros = out + head * HEAD_DIM
+    _zero_tail(zeros, stride_out, tail, num_queries, part, num_sequences * blocks, M, HEAD_DIM)
 
     first_query = tl.load(cu_queries + sequence)
     num_asked = tl.load(cu_queries + sequence + 1) - first_query
@@ -296,16 +299,19 @@ def _attention_forward(
         if THRESHOLD > 0:
             norm *= keep_scale(THRESHOLD)
         o = o * norm[:, None]
-        here = target + first_query.to(tl.int64) * stride_out
-        _store_rows(here, query, stride_out, num_asked, o, HEAD_DIM)
+        to_out = first_query.to(tl.int64) * stride_out + head * HEAD_DIM
+        _store_rows(out + to_out, query, stride_out, num_asked, o, HEAD_DIM)
+        if lost is not None:
+            o -= o.to(out.dtype.element_ty).to(tl.float32)
+            _store_rows(lost + to_out, query, stride_out, num_asked, o, HEAD_DIM)
         place = lse + head.to(tl.int64) * num_queries + first_query + query
         tl.store(place, top + tl.log2(total), query < num_asked)
 
 
 @triton.jit(do_not_specialize=SHAPE)
 def _attention_backward_dq(
-    queries, keys_values, out, d_out, d_queries, lse, delta_out, slopes, cu_queries, cu_seqlens, rows, seed,
-    num_queries, num_sequences, blocks, scale, softmax_scale,
+    queries, keys_values, out, lost, d_out, d_queries, lse, delta_out, slopes, cu_queries, cu_seqlens, rows,
+    seed, num_queries, num_sequences, blocks, scale, softmax_scale,
     stride_query, stride_token, stride_part, stride_head, stride_grad,
     heads, HEAD_DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr,
     SUBSET: tl.constexpr,
@@ -333,8 +339,10 @@ def _attention_backward_dq(
         q = _load_rows(queries + from_query, query, stride_query, num_asked, HEAD_DIM)
         query_position = _query_positions(query, rows, first_query, num_asked, first, SUBSET)
         d_o = _load_rows(d_out + from_out, query, stride_out, num_asked, HEAD_DIM)
-        o = _load_rows(out + from_out, query, stride_out, num_asked, HEAD_DIM)
-        delta = tl.sum(o.to(tl.float32) * d_o.to(tl.float32), axis=1)
+        o = _load_rows(out + from_out, query, stride_out, num_asked, HEAD_DIM).to(tl.float32)
+        if lost is not None:
+            o += _load_rows(lost + from_out, query, stride_out, num_asked, HEAD_DIM).to(tl.float32)
+        delta = tl.sum(o * d_o.to(tl.float32), axis=1)
         place = head.to(tl.int64) * num_queries + first_query + query
         tl.store(delta_out + place, delta, query < num_asked)
         log_sum = tl.load(lse + place, query < num_asked, other=0.0)
@@ -416,12 +424,20 @@ def _attention_backward_dkv(
         _store_rows(here + part_grad, key, stride_grad, length, d_v, HEAD_DIM)
 
 
-def _one_tile(launches: dict[int, Launch], rows: Rows, max_seqlen: int, qkv: Tensor) -> Launch | None:
-    """The launch where a whole sequence makes one tile that fits on chip."""
+def _one_tile(max_seqlen: int, qkv: Tensor) -> tuple[Launch, Launch] | None:
+    """The launches forward and backward where a whole sequence makes one tile, and both tiles fit on chip."""
     if max_seqlen > ONE_TILE_LENGTH:
         return None
-    launch = launches[max(16, triton.next_power_of_2(max_seqlen))]
-    return launch if fits(launch, rows, qkv.shape[-1], qkv.itemsize, shared_memory_of(qkv.device)) else None
+    keys = max(16, triton.next_power_of_2(max_seqlen))
+    forward, backward = ONE_TILE_FORWARD[keys], ONE_TILE_BACKWARD[keys]
+    limits = (qkv.shape[-1], qkv.itemsize, shared_memory_of(qkv.device))
+    both_fit = fits(forward, forward_rows, *limits) and fits(backward, dq_rows, *limits)
+    return (forward, backward) if both_fit else None
+
+
+def _new_lost(out: Tensor) -> Tensor:
+    """Room for what `out` loses in rounding, of no elements in fp32, which loses nothing."""
+    return out.new_empty(out.shape if out.itemsize < 4 else 0)
 
 
 def _by_blocks(launches: dict[int, Launch], rows: Rows, q: Tensor, subset: Queries | None) -> Launch:
@@ -434,20 +450,23 @@ def _by_blocks(launches: dict[int, Launch], rows: Rows, q: Tensor, subset: Queri
 @torch.library.custom_op("mosaicbert_ds::attention", mutates_args=())
 def attention_forward(
     qkv: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    """out (tokens, heads, head_dim) and log2-sum-exp (heads, tokens) fp32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (tokens, heads, head_dim), what it lost in rounding (as out, or of no elements where the backward
+    pass does not need it) and log2-sum-exp (heads, tokens) fp32."""
     num_tokens, _, heads, head_dim = qkv.shape
     qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
     out = torch.empty(num_tokens, heads, head_dim, device=qkv.device, dtype=qkv.dtype)
     lse = torch.empty(heads, num_tokens, device=qkv.device, dtype=torch.float32)
+    launches = _one_tile(max_seqlen, qkv)
+    lost = out.new_empty(0) if launches else _new_lost(out)
     num_sequences = cu_seqlens.shape[0] - 1
     if num_sequences == 0 or max_seqlen == 0:
-        return out.zero_(), lse
+        return out.zero_(), lost, lse
     scale = head_dim**-0.5 * LOG2_E
     threshold = drop_threshold(dropout_p)
     arguments = (qkv, out, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences)
-    launch = _one_tile(ONE_TILE_FORWARD, forward_rows, max_seqlen, qkv)
-    if launch:
+    if launches:
+        launch, _ = launches
         capped = launch.keys == ONE_TILE_LENGTH and head_dim <= 64
         _attention_one_tile_forward[(num_sequences * heads,)](
             *arguments, scale, *qkv.stride()[:3],
@@ -455,16 +474,18 @@ def attention_forward(
             num_warps=launch.warps, num_stages=launch.stages,
             maxnreg=ONE_TILE_FORWARD_REGISTERS if capped else None,
         )  # fmt: skip
-        return out, lse
-    _forward_by_blocks(qkv[:, 0], qkv[:, 1:], None, out, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p)
-    return out, lse
+        return out, lost, lse
+    _forward_by_blocks(
+        qkv[:, 0], qkv[:, 1:], None, out, lost, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p
+    )
+    return out, lost, lse
 
 
 def _forward_by_blocks(
-    q: Tensor, kv: Tensor, subset: Queries | None, out: Tensor, lse: Tensor, slopes: Tensor,
+    q: Tensor, kv: Tensor, subset: Queries | None, out: Tensor, lost: Tensor, lse: Tensor, slopes: Tensor,
     cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout_p: float,
 ) -> None:  # fmt: skip
-    """Write `out` and `lse` of q (queries, heads, head_dim), all tokens' or a subset's, over kv
+    """Write `out`, `lost` and `lse` of q (queries, heads, head_dim), all tokens' or a subset's, over kv
     (tokens, 2, heads, head_dim)."""
     num_queries, heads, head_dim = q.shape
     num_sequences = cu_seqlens.shape[0] - 1
@@ -472,7 +493,7 @@ def _forward_by_blocks(
     blocks = triton.cdiv(max_seqlen, launch.queries)
     cu_queries, rows = (cu_seqlens, None) if subset is None else (subset.cu_seqlens, subset.rows)
     _attention_forward[(blocks * heads * num_sequences,)](
-        q, kv, out, lse, slopes, cu_queries, cu_seqlens, rows, seed,
+        q, kv, out, lost if lost.numel() else None, lse, slopes, cu_queries, cu_seqlens, rows, seed,
         num_queries, num_sequences, blocks, head_dim**-0.5 * LOG2_E, q.stride(0), *kv.stride()[:3],
         heads, head_dim, launch.queries, launch.keys, drop_threshold(dropout_p), subset is not None,
         num_warps=launch.warps, num_stages=launch.stages,
@@ -480,8 +501,9 @@ def _forward_by_blocks(
 
 
 def _backward_by_blocks(
-    q: Tensor, kv: Tensor, subset: Queries | None, out: Tensor, d_out: Tensor, d_q: Tensor, d_kv: Tensor,
-    lse: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout_p: float,
+    q: Tensor, kv: Tensor, subset: Queries | None, out: Tensor, lost: Tensor, d_out: Tensor, d_q: Tensor,
+    d_kv: Tensor, lse: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None,
+    dropout_p: float,
 ) -> None:  # fmt: skip
     """Write the gradients `d_q` and `d_kv`, of the shapes of q and kv."""
     num_queries, heads, head_dim = q.shape
@@ -494,8 +516,8 @@ def _backward_by_blocks(
     launch = _by_blocks(BACKWARD_DQ, dq_rows, q, subset)
     blocks = triton.cdiv(max_seqlen, launch.queries)
     _attention_backward_dq[(blocks * heads * num_sequences,)](
-        q, kv, out, d_out, d_q, lse, delta, slopes, cu_queries, cu_seqlens, rows, seed,
-        num_queries, num_sequences, blocks, *scales, *strides, d_q.stride(0),
+        q, kv, out, lost if lost.numel() else None, d_out, d_q, lse, delta, slopes, cu_queries, cu_seqlens,
+        rows, seed, num_queries, num_sequences, blocks, *scales, *strides, d_q.stride(0),
         heads, head_dim, launch.queries, launch.keys, drop_threshold(dropout_p), subset is not None,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
@@ -512,46 +534,36 @@ def _backward_by_blocks(
 def queries_forward(
     q: Tensor, kv: Tensor, subset: Queries, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     seed: Tensor | None, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`attention_forward` of contiguous q (queries, heads, head_dim) over kv (tokens, 2, heads, head_dim)."""
     out = torch.empty_like(q)
+    lost = _new_lost(out)
     lse = torch.empty(q.shape[1], q.shape[0], device=q.device, dtype=torch.float32)
     if cu_seqlens.shape[0] == 1 or max_seqlen == 0:
-        return out.zero_(), lse
-    _forward_by_blocks(q, kv, subset, out, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p)
-    return out, lse
+        return out.zero_(), lost, lse
+    _forward_by_blocks(q, kv, subset, out, lost, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p)
+    return out, lost, lse
 
 
 def queries_backward(
-    q: Tensor, kv: Tensor, subset: Queries, out: Tensor, d_out: Tensor, lse: Tensor, slopes: Tensor,
-    cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout_p: float,
+    q: Tensor, kv: Tensor, subset: Queries, out: Tensor, lost: Tensor, d_out: Tensor, lse: Tensor,
+    slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int, seed: Tensor | None, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of q and kv."""
     d_q, d_kv = torch.empty_like(q), torch.empty_like(kv)
     if cu_seqlens.shape[0] == 1 or max_seqlen == 0:
         return d_q.zero_(), d_kv.zero_()
     _backward_by_blocks(
-        q,
-        kv,
-        subset,
-        out,
-        d_out.contiguous(),
-        d_q,
-        d_kv,
-        lse,
-        slopes,
-        cu_seqlens,
-        max_seqlen,
-        seed,
+        q, kv, subset, out, lost, d_out.contiguous(), d_q, d_kv, lse, slopes, cu_seqlens, max_seqlen, seed,
         dropout_p,
-    )
+    )  # fmt: skip
     return d_q, d_kv
 
 
 @torch.library.custom_op("mosaicbert_ds::attention_backward", mutates_args=())
 def attention_backward(
-    qkv: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-    seed: Tensor | None, dropout_p: float,
+    qkv: Tensor, out: Tensor, lost: Tensor, d_out: Tensor, lse: Tensor, slopes: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, seed: Tensor | None, dropout_p: float,
 ) -> Tensor:  # fmt: skip
     num_tokens, _, heads, head_dim = qkv.shape
     qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
@@ -563,8 +575,9 @@ def attention_backward(
     softmax_scale = head_dim**-0.5
     scale = softmax_scale * LOG2_E
     threshold = drop_threshold(dropout_p)
-    launch = _one_tile(ONE_TILE_BACKWARD, dq_rows, max_seqlen, qkv)
-    if launch:
+    launches = _one_tile(max_seqlen, qkv)
+    if launches:
+        _, launch = launches
         _attention_one_tile_backward[(num_sequences * heads,)](
             qkv, d_out, d_qkv, lse, slopes, cu_seqlens, seed, num_tokens, num_sequences,
             scale, softmax_scale, *qkv.stride()[:3],
@@ -572,7 +585,7 @@ def attention_backward(
         )  # fmt: skip
         return d_qkv
     _backward_by_blocks(
-        qkv[:, 0], qkv[:, 1:], None, out, d_out, d_qkv[:, 0], d_qkv[:, 1:], lse, slopes, cu_seqlens,
+        qkv[:, 0], qkv[:, 1:], None, out, lost, d_out, d_qkv[:, 0], d_qkv[:, 1:], lse, slopes, cu_seqlens,
         max_seqlen, seed, dropout_p,
     )  # fmt: skip
     return d_qkv
@@ -581,12 +594,14 @@ def attention_backward(
 @attention_forward.register_fake
 def _(qkv, slopes, cu_seqlens, max_seqlen, seed, dropout_p):
     num_tokens, _, heads, head_dim = qkv.shape
-    lse = qkv.new_empty(heads, num_tokens, dtype=torch.float32)
-    return qkv.new_empty(num_tokens, heads, head_dim), lse
+    out = qkv.new_empty(num_tokens, heads, head_dim)
+    # int: the compiler may trace a length of any size, and the kind of launch hangs on it.
+    lost = out.new_empty(0) if _one_tile(int(max_seqlen), qkv) else _new_lost(out)
+    return out, lost, qkv.new_empty(heads, num_tokens, dtype=torch.float32)
 
 
 @attention_backward.register_fake
-def _(qkv, out, d_out, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p):
+def _(qkv, out, lost, d_out, lse, slopes, cu_seqlens, max_seqlen, seed, dropout_p):
     return qkv.new_empty(qkv.shape)
 
 
@@ -596,9 +611,11 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(qkv, *output, slopes, cu_seqlens, seed)
 
 
-def _backward(ctx, d_out, d_lse):
-    qkv, out, lse, slopes, cu_seqlens, seed = ctx.saved_tensors
-    d_qkv = attention_backward(qkv, out, d_out, lse, slopes, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout_p)
+def _backward(ctx, d_out, d_lost, d_lse):
+    qkv, out, lost, lse, slopes, cu_seqlens, seed = ctx.saved_tensors
+    d_qkv = attention_backward(
+        qkv, out, lost, d_out, lse, slopes, cu_seqlens, ctx.max_seqlen, seed, ctx.dropout_p
+    )
     return d_qkv, None, None, None, None, None
 
 

@@ -97,11 +97,11 @@ class _AttentionBlock(torch.autograd.Function):
         if memory is None or queries is None:
             q = F.linear(hidden, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, heads, -1))  # and k and v
             kv = None
-            out, lse = attention_forward(q, *how)
+            out, lost, lse = attention_forward(q, *how)
         else:
             q = F.linear(hidden, w.qkv_weight[:width], w.qkv_bias[:width]).unflatten(-1, (heads, -1))
             kv = F.linear(memory, w.qkv_weight[width:], w.qkv_bias[width:]).unflatten(-1, (2, heads, -1))
-            out, lse = queries_forward(q, kv, queries, *how)
+            out, lost, lse = queries_forward(q, kv, queries, *how)
         context, residual = out.flatten(1), hidden  # both (tokens, hidden)
         if positions is not None:
             context, residual = context.index_select(0, positions), hidden.index_select(0, positions)
@@ -112,7 +112,7 @@ class _AttentionBlock(torch.autograd.Function):
             dense, w.dense_bias, residual, stream, w, seed, eps, hidden_dropout_p
         )
         ctx.save_for_backward(
-            *norm_saved, hidden, memory, q, kv, out, lse, context, attention_seed, slopes, cu_seqlens,
+            *norm_saved, hidden, memory, q, kv, out, lost, lse, context, attention_seed, slopes, cu_seqlens,
             positions, *(queries or (None, None)), *weights,
         )  # fmt: skip
         ctx.max_seqlen, ctx.main_grads = max_seqlen, main_grads
@@ -123,7 +123,7 @@ class _AttentionBlock(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor, d_stream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         norm_saved = ctx.saved_tensors[:6]
         (
-            hidden, memory, q, kv, out, lse, context, attention_seed, slopes, cu_seqlens,
+            hidden, memory, q, kv, out, lost, lse, context, attention_seed, slopes, cu_seqlens,
             positions, rows, cu_queries, *weights,
         ) = ctx.saved_tensors[6:]  # fmt: skip
         w, width = AttentionWeights(*weights), hidden.shape[1]
@@ -142,13 +142,13 @@ class _AttentionBlock(torch.autograd.Function):
         # A shift of all of a query's scores changes no softmax, so the bias of the keys has no gradient. The
         # sum would be rounding, which Adam's normalised step takes for a direction.
         if memory is None:
-            d_q = attention_backward(q, out, d_out, *how).flatten(1)
+            d_q = attention_backward(q, out, lost, d_out, *how).flatten(1)
             d_qkv_weight = product(main_qkv, d_q, hidden)
             d_qkv_bias = column_sums(d_q, zeros=range(width, 2 * width))
             q_weight, d_memory = w.qkv_weight, None
         else:
             queries = Queries(rows, cu_queries)
-            d_q, d_kv = (d.flatten(1) for d in queries_backward(q, kv, queries, out, d_out, *how))
+            d_q, d_kv = (d.flatten(1) for d in queries_backward(q, kv, queries, out, lost, d_out, *how))
             q_weight, kv_weight = w.qkv_weight.split([width, 2 * width])
             main_q, main_kv = (None, None) if main_qkv is None else main_qkv.split([width, 2 * width])
             parts = (product(main_q, d_q, hidden), product(main_kv, d_kv, memory))

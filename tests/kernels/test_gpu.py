@@ -60,23 +60,26 @@ def run(function, inputs, weight, dtype):
     return [out.detach(), *(x.grad for x in inputs)]
 
 
-def assert_as_exact_as_torch(kernel, plain, inputs, weight, split=None):
-    """`split` cuts a gradient into parts that are judged one by one."""
-    found = run(kernel, inputs, weight, torch.bfloat16)
-    torch_bf16 = run(plain, inputs, weight, torch.bfloat16)
-    truth = run(plain, inputs, weight, torch.float64)
-    for a, b, c in zip(found, torch_bf16, truth, strict=True):
-        assert a.dtype == b.dtype
-        assert a.shape == c.shape
-        assert a.isfinite().all()
-        size = c.norm()
-        parts = (
-            zip(*(x.unbind(1) for x in (a, b, c)), strict=True) if c is truth[-1] and split else [(a, b, c)]
-        )
-        for x, y, z in parts:
-            ours, theirs = (x.double() - z).norm(), (y.double() - z).norm()
-            assert ours <= RATIO * theirs + FLOOR * size, f"{ours / size:.2e} against {theirs / size:.2e}"
-    return found
+def assert_as_exact_as_torch(kernel, plain, inputs, weight, split=()):
+    """The output, and the gradient of each of the named `inputs`; of those in `split` each part by itself."""
+    found, torch_bf16, truth = (
+        dict(zip(["output", *inputs], run(function, inputs.values(), weight, dtype), strict=True))
+        for function, dtype in ((kernel, torch.bfloat16), (plain, torch.bfloat16), (plain, torch.float64))
+    )
+    worse = []
+    for name, exact in truth.items():
+        ours, theirs = found[name], torch_bf16[name]
+        assert ours.dtype == theirs.dtype, name
+        assert ours.shape == exact.shape, name
+        assert ours.isfinite().all(), name
+        size = exact.norm()
+        parts = [x.unbind(1) if name in split else [x] for x in (ours, theirs, exact)]
+        for part, (x, y, z) in enumerate(zip(*parts, strict=True)):
+            far, torchs = (x.double() - z).norm(), (y.double() - z).norm()
+            if not far <= RATIO * torchs + FLOOR * size:
+                worse.append(f"{name}[{part}]: {far / size:.2e} against {torchs / size:.2e}")
+    assert not worse
+    return list(found.values())
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
@@ -94,9 +97,9 @@ def test_attention_is_as_exact_as_torch(poisoned, lengths, head_dim):
             out, grad = assert_as_exact_as_torch(
                 lambda x, a=arguments: attention_triton.attention(x, *a),
                 lambda x, a=arguments: reference.attention(x, *a),
-                [qkv],
+                {"qkv": qkv},
                 normal(tokens + trailing, heads, head_dim),
-                split=True,
+                split=["qkv"],
             )
             assert not out[tokens:].any()
             assert not grad[tokens:].any()
@@ -110,9 +113,9 @@ def test_attention_of_large_scores_is_finite_and_as_exact_as_torch(poisoned):
         assert_as_exact_as_torch(
             lambda x, a=arguments: attention_triton.attention(x, *a),
             lambda x, a=arguments: reference.attention(x, *a),
-            [qkv],
+            {"qkv": qkv},
             normal(sum(lengths), 4, 64),
-            split=True,
+            split=["qkv"],
         )
 
 
@@ -156,16 +159,16 @@ def test_attention_dropout_has_one_mask_for_both_passes(length, head_dim):
     assert_as_exact_as_torch(
         lambda x: attention_triton.attention_forward(x, slopes, cu_seqlens, length, seed, p)[0],
         masked,
-        [qkv],
+        {"qkv": qkv},
         normal(length, heads, head_dim),
-        split=True,
+        split=["qkv"],
     )
 
 
 @pytest.mark.parametrize(("rows", "width"), [*((rows, 3072) for rows in ROWS), (511, 4096), (3, 24)])
 def test_geglu_is_as_exact_as_torch(poisoned, rows, width):
     assert_as_exact_as_torch(
-        geglu_triton.geglu, reference.geglu, [normal(rows, 2 * width)], normal(rows, width)
+        geglu_triton.geglu, reference.geglu, {"gate_value": normal(rows, 2 * width)}, normal(rows, width)
     )
 
 
@@ -177,7 +180,7 @@ def test_geglu_dropout_has_one_mask_for_both_passes(poisoned):
     assert_as_exact_as_torch(
         lambda x: geglu_triton.geglu_forward(x, seed, p),
         lambda x: reference.geglu(x) * keep / (1 - p),
-        [gate_value],
+        {"gate_value": gate_value},
         normal(rows, width),
     )
 
@@ -197,8 +200,8 @@ def test_random_bits_of_neighbours_are_independent():
 
 
 def layer_norm_inputs(rows, width):
-    """x, its bias, residual, weight, bias"""
-    return [normal(*shape) for shape in ((rows, width), (width,), (rows, width), (width,), (width,))]
+    names = ("x", "x_bias", "residual", "weight", "bias")
+    return {name: normal(*(rows,) * (name in ("x", "residual")), width) for name in names}
 
 
 WIDTHS = [*((rows, 768) for rows in ROWS), (511, 1024), (3, 24)]
@@ -219,7 +222,7 @@ def test_layer_norm_is_as_exact_as_torch(poisoned, rows, width):
     )
     again = run(
         lambda *x: dropout_layernorm_triton.dropout_add_layer_norm(*x, 1e-12, 0.0),
-        inputs,
+        inputs.values(),
         normal(rows, width),
         torch.bfloat16,
     )
@@ -260,12 +263,14 @@ def test_embedding_norm_is_as_exact_as_torch(poisoned, rows, width, one_kind, no
     assert_as_exact_as_torch(
         lambda *x: layernorm_dropout_triton.add_layer_norm_dropout(*x, *no_bias, 1e-12, 0.0),
         lambda *x: reference.add_layer_norm_dropout(*x, *no_bias, 1e-12, 0.0),
-        [
-            normal(rows, width), normal(1 if one_kind else rows, width), normal(width),
-            *(normal(width) for _ in range(norm == "layernorm")),
-        ],
+        {
+            "x": normal(rows, width),
+            "kind": normal(1 if one_kind else rows, width),
+            "weight": normal(width),
+            **({"bias": normal(width)} if norm == "layernorm" else {}),
+        },
         normal(rows, width),
-    )  # fmt: skip
+    )
 
 
 def test_embedding_dropout_has_one_mask_for_both_passes(poisoned):
@@ -281,7 +286,7 @@ def test_embedding_dropout_has_one_mask_for_both_passes(poisoned):
     assert_as_exact_as_torch(
         dropped,
         lambda *x: reference.add_layer_norm_dropout(*x, 1e-12, 0.0) * keep / (1 - p),
-        [normal(rows, width), normal(1, width), normal(width), normal(width)],
+        {"x": normal(rows, width), "kind": normal(1, width), "weight": normal(width), "bias": normal(width)},
         normal(rows, width),
     )
 
@@ -294,13 +299,27 @@ MIXED = [[128, 1, 17, 0, 127, 64, 2, 90], [1024, 1, 129, 0, 511, 2, 128]]
 NORMS = [("layernorm", "post"), ("layernorm", "pre"), ("rmsnorm", "post"), ("rmsnorm", "pre")]
 
 
-def named(kind, weights, norm):
-    return kind(*weights, *(None,) * (norm == "rmsnorm"))  # which has no bias, the last of the weights
+def weights_of(kind, norm, *shapes):
+    """Named inputs; the last of the weights is the bias of the norm, which an RMSNorm has not."""
+    names = kind._fields if norm == "layernorm" else kind._fields[:-1]
+    return {
+        name: matrix(*shape) if len(shape) == 2 else normal(*shape)
+        for name, shape in zip(names, shapes, strict=False)
+    }
+
+
+def named(kind, weights):
+    return kind(*weights, *(None,) * (len(kind._fields) - len(weights)))
 
 
 def attention_weights(width, norm):
-    vectors = [normal(width) for _ in range(2 + (norm == "layernorm"))]
-    return [matrix(3 * width, width), normal(3 * width), matrix(width, width), *vectors]
+    square, vector = (width, width), (width,)
+    shapes = ((3 * width, width), (3 * width,), square, vector, vector, vector)
+    return weights_of(AttentionWeights, norm, *shapes)
+
+
+def streams_of(placement, rows, width):
+    return {"stream": normal(rows, width)} if placement == "pre" else {}
 
 
 @pytest.mark.parametrize(("norm", "placement"), NORMS)
@@ -309,12 +328,12 @@ def attention_weights(width, norm):
 def test_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim, norm, placement):
     tokens, width, heads = sum(lengths) + 37, 768, 768 // head_dim
     arguments = (reference.alibi_slopes(heads, "cuda"), cu_seqlens_of(lengths), max(lengths))
-    streams = [normal(tokens, width)] if placement == "pre" else []
+    streams = streams_of(placement, tokens, width)
     for positions in (None, torch.randperm(sum(lengths), device="cuda")[:200]):
 
         def half(block, hidden, *rest, positions=positions):
             stream = rest[0] if streams else None
-            weights = named(AttentionWeights, rest[len(streams) :], norm)
+            weights = named(AttentionWeights, rest[len(streams) :])
             outs = block(hidden, weights, *arguments, positions, 1e-12, 0.0, 0.0, stream)
             return torch.cat([out for out in outs if out is not None])
 
@@ -322,7 +341,7 @@ def test_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim, norm,
         assert_as_exact_as_torch(
             partial(half, blocks_triton.attention_block),
             partial(half, reference.attention_block),
-            [normal(tokens, width), *streams, *attention_weights(width, norm)],
+            {"hidden": normal(tokens, width), **streams, **attention_weights(width, norm)},
             normal(rows * (1 + len(streams)), width),
         )
 
@@ -336,11 +355,11 @@ def test_narrow_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim
     masked = torch.randperm(tokens, device="cuda")[: tokens * 3 // 10]
     positions = torch.cat([masked, masked.new_zeros(9)])  # rounded up as the loader does
     queries, _ = reference.queries_at(positions, cu_seqlens, tokens + 37)
-    streams = [normal(len(positions), width)] if placement == "pre" else []
+    streams = streams_of(placement, len(positions), width)
 
     def half(block, hidden, memory, *rest):
         stream = rest[0] if streams else None
-        weights = named(AttentionWeights, rest[len(streams) :], norm)
+        weights = named(AttentionWeights, rest[len(streams) :])
         outs = block(
             hidden, weights, slopes, cu_seqlens, max(lengths), None, 1e-12, 0.0, 0.0, stream, memory, queries
         )
@@ -349,12 +368,12 @@ def test_narrow_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim
     assert_as_exact_as_torch(
         partial(half, blocks_triton.attention_block),
         partial(half, reference.attention_block),
-        [
-            normal(len(positions), width),
-            normal(tokens + 37, width),
-            *streams,
-            *attention_weights(width, norm),
-        ],
+        {
+            "hidden": normal(len(positions), width),
+            "memory": normal(tokens + 37, width),
+            **streams,
+            **attention_weights(width, norm),
+        },
         normal(len(positions) * (1 + len(streams)), width),
     )
 
@@ -364,23 +383,20 @@ def test_narrow_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim
     ("rows", "width", "intermediate"), [(1, 768, 3072), (511, 768, 3072), (129, 1024, 4096)]
 )
 def test_mlp_block_is_as_exact_as_torch(poisoned, rows, width, intermediate, norm, placement):
-    streams = [normal(rows, width)] if placement == "pre" else []
-    vectors = [normal(width) for _ in range(2 + (norm == "layernorm"))]
+    streams, vector = streams_of(placement, rows, width), (width,)
+    shapes = ((2 * intermediate, width), (width, intermediate), vector, vector, vector)
 
     def half(block, hidden, *rest):
         stream = rest[0] if streams else None
-        outs = block(hidden, named(MLPWeights, rest[len(streams) :], norm), 1e-12, 0.0, stream)
+        outs = block(hidden, named(MLPWeights, rest[len(streams) :]), 1e-12, 0.0, stream)
         return torch.cat([out for out in outs if out is not None])
 
     assert_as_exact_as_torch(
         partial(half, blocks_triton.mlp_block),
         partial(half, reference.mlp_block),
-        [
-            normal(rows, width), *streams, matrix(2 * intermediate, width), matrix(width, intermediate),
-            *vectors,
-        ],
+        {"hidden": normal(rows, width), **streams, **weights_of(MLPWeights, norm, *shapes)},
         normal(rows * (1 + len(streams)), width),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(17, 30528), (129, 30528), (8192, 30528), (64, 1000)])
@@ -397,7 +413,7 @@ def test_loss_is_as_exact_as_torch(poisoned, rows, vocab):
     assert_as_exact_as_torch(
         lambda *x: masked_lm_loss_triton.masked_lm_loss(*x, labels)[0],
         lambda *x: exact(*x) if x[0].dtype == torch.float64 else reference.masked_lm_loss(*x, labels)[0],
-        [hidden, weight, bias],
+        {"hidden": hidden, "weight": weight, "bias": bias},
         torch.tensor(1 / 700, device="cuda"),
     )
     found, expected = (

@@ -96,8 +96,8 @@ COMPILE = """
             qkv = torch.zeros(512, 3, 2, head_dim, dtype=torch.bfloat16)
             slopes, cu_seqlens = torch.zeros(2), torch.tensor([0, longest], dtype=torch.int32)
             arguments = (slopes, cu_seqlens, longest, torch.zeros(1, dtype=torch.int64), 0.1)
-            out, lse = attention_triton.attention_forward(qkv, *arguments)
-            attention_triton.attention_backward(qkv, out, out, lse, *arguments)
+            out, lost, lse = attention_triton.attention_forward(qkv, *arguments)
+            attention_triton.attention_backward(qkv, out, lost, out, lse, *arguments)
 """
 
 
