@@ -48,6 +48,12 @@ class RunConfig:
                 "has; lower it or raise model.max_position_embeddings"
             )
 
+        if self.model.architecture != "bert" and self.engine.compile:
+            raise ValueError(
+                f"engine.compile is true with model.architecture {self.model.architecture}, whose layers are "
+                "kernels already; leave it out, or use it with bert"
+            )
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse a tokenizer of `vocab_size` ids that has more than the model has rows."""
         if vocab_size > self.model.vocab_size:

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     course = Course(plan, schedules, progress)
     steps, for_loader = itertools.tee(course)  # the loader is ahead of the loop
     torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
-    model = build_pretraining_model(recipe.model)
+    model = build_pretraining_model(recipe.model, recipe.engine.compile)
     if found:
         saving.load_weights(model, checkpoint)
     engine = build_engine(

@@ -105,7 +105,7 @@ class Contender:
 
 
 def _build_ours(recipe: RunConfig) -> nn.Module:
-    return build_pretraining_model(recipe.model)
+    return build_pretraining_model(recipe.model, recipe.engine.compile)
 
 
 def _build_hf_bert(recipe: RunConfig) -> PreTrainedModel:

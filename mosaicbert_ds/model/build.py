@@ -33,8 +33,9 @@ def to_hf_config(config: ModelConfig) -> MosaicBertConfig | BertConfig:
     return BertConfig(**facts, max_position_embeddings=config.max_position_embeddings, use_cache=False)
 
 
-def build_pretraining_model(config: ModelConfig) -> PreTrainedModel:
-    """A fresh masked-language model, initialised from torch's generator, in training mode.
+def build_pretraining_model(config: ModelConfig, compiled: bool = False) -> PreTrainedModel:
+    """A fresh masked-language model, initialised from torch's generator, in training mode. `compiled`: for
+    the architecture bert.
 
     Both architectures answer the unpadded call (`MosaicBertForMaskedLM.forward`) with MaskedLMSums.
     """
@@ -43,7 +44,9 @@ def build_pretraining_model(config: ModelConfig) -> PreTrainedModel:
     if isinstance(hf_config, MosaicBertConfig):
         model = MosaicBertForMaskedLM(hf_config)
     else:
-        model = HFBertForMaskedLM._from_config(hf_config, attn_implementation="sdpa")
+        model = bert = HFBertForMaskedLM._from_config(hf_config, attn_implementation="sdpa")
+        if compiled:
+            bert.compile_encoder()
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()

@@ -4,6 +4,7 @@ Everything that makes BERT slow is left as it is: learned positions, a padded ba
 every layer. Only the head is spared, it sees the masked positions alone, as MosaicBERT's does.
 """
 
+import torch
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 from transformers.modeling_outputs import MaskedLMOutput
@@ -20,6 +21,11 @@ class HFBertForMaskedLM(BertForMaskedLM):
         super().__init__(config)
         self.cls.predictions.decoder = MosaicBertDecoder(config.hidden_size, config.vocab_size)
         self.tie_weights()
+
+    def compile_encoder(self) -> None:
+        """Compile the layers, for training: an evaluation is over before it has paid for its compilation."""
+        plain, compiled = self.bert.forward, torch.compile(self.bert.forward, dynamic=False)
+        self.bert.forward = lambda *args, **kwargs: (compiled if self.training else plain)(*args, **kwargs)
 
     def forward(
         self,

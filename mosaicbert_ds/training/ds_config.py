@@ -42,12 +42,14 @@ class EngineConfig:
     """`deepspeed`: a file of ds_configs/ by name (`zero1`) or a path to a JSON file.
     `precision`: of the matrix products; weights and moments are fp32 either way.
     `kernels`: of the hot path; auto is triton on a GPU that can run it, torch elsewhere.
-    `cuda_graphs`: at ZeRO 0 and 1 on a GPU; false to see each kernel's own error, or to debug the model."""
+    `cuda_graphs`: at ZeRO 0 and 1 on a GPU; false to see each kernel's own error, or to debug the model.
+    `compile`: BERT's layers by torch.compile, half a minute at the first start; MosaicBERT's have kernels."""
 
     deepspeed: str = "zero1"
     precision: Literal["bf16", "fp32"] = "bf16"
     kernels: Literal["auto", "triton", "torch"] = "auto"
     cuda_graphs: bool = True
+    compile: bool = False
 
 
 @recipe_part

@@ -82,11 +82,14 @@ def test_a_recipe_survives_being_written_and_read(name: str, tmp_path: Path) -> 
     assert load_recipe(str(tmp_path / "again.yaml")) == recipe
 
 
-def test_the_short_recipes_are_the_base_models_and_differ_in_the_model_alone() -> None:
+def test_the_short_recipes_are_the_base_models_and_differ_in_the_model_and_its_compiling() -> None:
     ours, baseline = load_recipe("mosaicbert-base-short"), load_recipe("bert-base-short")
     assert ours.model == load_recipe("mosaicbert-base").model
     assert baseline.model == load_recipe("bert-base").model
-    assert dataclasses.replace(baseline, model=ours.model) == ours
+    assert baseline.engine == dataclasses.replace(ours.engine, compile=True)
+    assert dataclasses.replace(baseline, model=ours.model, engine=ours.engine) == ours
+    with pytest.raises(ConfigError, match=r"engine\.compile is true with model\.architecture mosaicbert"):
+        load_recipe("mosaicbert-base-short", ["engine.compile=true"])
 
 
 def test_a_dry_run_says_what_a_run_of_minutes_will_do() -> None:
@@ -126,7 +129,7 @@ TEXTS = {
     ("optimizer", "name"),
     ("schedule", "shape"),
 }
-FLAGS = {("model", "activation_checkpointing"), ("engine", "cuda_graphs")}
+FLAGS = {("model", "activation_checkpointing"), ("engine", "cuda_graphs"), ("engine", "compile")}
 LISTS = {("batch", "ramp"), ("optimizer", "betas"), ("checkpoint", "keep_at_samples")}
 NUMBERS = [path for path in LEAVES if path not in TEXTS | FLAGS | LISTS]
 NULLABLE = {

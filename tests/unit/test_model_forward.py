@@ -232,6 +232,18 @@ def test_activation_checkpointing_gives_the_same_gradients_bit_for_bit(architect
         assert torch.equal(results[1][name], expected), name
 
 
+@pytest.mark.slow  # the compiler takes half a minute on a CPU
+def test_a_compiled_bert_gives_the_plain_ones_gradients():
+    batch, results = unpadded_batch(), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        config = replace(TINY, architecture="bert", hidden_dropout=0.0, attention_dropout=0.0)
+        model = build_pretraining_model(config, compiled)
+        results.append(gradients(model, model(**batch).loss_sum))
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_transformers_own_switch_turns_checkpointing_on_and_off():
     model = tiny_model()
     model.gradient_checkpointing_enable()
