@@ -306,6 +306,7 @@ def _muon(recipe: Path, data: Path, folder: Path, start: Path | None) -> None:
         train(recipe, data, resumed, *arguments)
 
 
+@pytest.mark.slow  # a minute and more
 def test_muon_resumes_bit_for_bit_on_zero_0_and_1_which_agree_and_on_another_number_of_ranks(
     recipe: Path, corpus: Path, tmp_path: Path
 ) -> None:
