@@ -193,7 +193,7 @@ def bench_kernels() -> Report:
     def attention_half(block: Callable) -> Callable[..., Tensor]:
         def half(hidden: Tensor, *weights: Tensor) -> Tensor:
             named = AttentionWeights(*weights)
-            return block(hidden, named, slopes, cu_seqlens, 128, None, LAYER_NORM_EPS, 0.0, DROPOUT_P)[0]
+            return block(hidden, named, slopes, cu_seqlens, 128, LAYER_NORM_EPS, 0.0, DROPOUT_P)[0]
 
         return half
 

@@ -59,22 +59,21 @@ class Limit:
 def products_of(model: ModelConfig, tokens: int, masked: int) -> list[Product]:
     """All products of a micro batch of `tokens` unpadded tokens, `masked` of them targets.
 
-    The last layer's projection behind attention and feed-forward, and the head, see the targets alone, and so
-    do `masked_only_layers` but for their keys and values.
+    The head sees the targets alone, and so do `masked_only_layers`, one at least, but for keys and values.
     Raises ConfigError for another architecture than mosaicbert.
     """
     if model.architecture != "mosaicbert":
         raise ConfigError(f"bench limit knows the products of mosaicbert, not of {model.architecture}")
     hidden, wide, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    narrow = model.masked_only_layers
-    ends = (layers - max(narrow, 1), max(narrow, 1))  # of layers, behind attention
+    narrow = max(model.masked_only_layers, 1)
+    full_and_narrow = (layers - narrow, narrow)
     linears = [  # name, width out, width in, how often on all tokens, how often on the targets alone
         ("queries, keys, values", 3 * hidden, hidden, layers - narrow, 0),
         ("keys, values", 2 * hidden, hidden, narrow, 0),
         ("queries", hidden, hidden, 0, narrow),
-        ("attention output", hidden, hidden, *ends),
-        ("feed-forward up", 2 * wide, hidden, *ends),
-        ("feed-forward down", hidden, wide, *ends),
+        ("attention output", hidden, hidden, *full_and_narrow),
+        ("feed-forward up", 2 * wide, hidden, *full_and_narrow),
+        ("feed-forward down", hidden, wide, *full_and_narrow),
         ("head", hidden, hidden, 0, 1),
         ("decoder", model.vocab_size, hidden, 0, 1),
     ]

@@ -138,22 +138,20 @@ class Estimate:
 def matrix_flops(model: ModelConfig, length: int, fill: float, mask_rate: float) -> float:
     """Operations of the matrix products that a sample costs, forward and backward.
 
-    MosaicBERT computes the real tokens (`fill` of `length`), and its last layer's feed-forward, like the
-    head, for the masked ones alone; so does it `masked_only_layers`, but for keys and values. BERT computes
-    padding too.
+    MosaicBERT computes the real tokens (`fill` of `length`), and for the masked ones alone the head and, but
+    for keys and values, its `masked_only_layers`, one at least. BERT computes padding too.
     """
     hidden, wide, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    narrow = model.masked_only_layers
     unpadded = model.architecture == "mosaicbert"
-    ends_on_masked = max(narrow, 1) if unpadded else 0  # layers that do so behind attention
+    narrow = max(model.masked_only_layers, 1) if unpadded else 0
     tokens = length * (fill if unpadded else 1.0)
     masked = length * fill * mask_rate
     attention = hidden**2 + 2 * tokens * hidden  # queries; scores and values against a sample
     keys_values = 2 * hidden**2
     rest = hidden**2 + (3 if unpadded else 2) * hidden * wide
     head = hidden**2 + hidden * model.vocab_size
-    on_all_tokens = (layers - narrow) * attention + layers * keys_values + (layers - ends_on_masked) * rest
-    on_masked = head + narrow * attention + ends_on_masked * rest
+    on_all_tokens = (layers - narrow) * (attention + rest) + layers * keys_values
+    on_masked = head + narrow * (attention + rest)
     return 3 * 2 * (tokens * on_all_tokens + masked * on_masked)
 
 
@@ -249,8 +247,8 @@ def memory_bytes(
     """Peak of one GPU: weights, gradients and Adam's state as ZeRO divides them, and a micro batch's tensors.
 
     A layer keeps its input, queries, keys and values, the attention's output, the sum before each LayerNorm,
-    and both halves of GeGLU with their product, in bf16; `masked_only_layers` the masked tokens' alone, but
-    for keys and values. The head keeps logits and their gradient.
+    and both halves of GeGLU with their product, in bf16; `masked_only_layers`, one at least, the masked
+    tokens' alone, but for keys and values. The head keeps logits and their gradient.
     """
     model = recipe.model
     element = 2 if recipe.engine.precision == "bf16" else 4
@@ -269,7 +267,7 @@ def memory_bytes(
     keys_values = 2 * model.hidden_size
     if model.activation_checkpointing:
         kept, keys_values = model.hidden_size, 0
-    narrow = model.masked_only_layers
+    narrow = max(model.masked_only_layers, 1) if unpadded else 0
     activations = tokens * ((model.num_hidden_layers - narrow) * kept + narrow * keys_values)
     activations += masked * (narrow * (kept - keys_values) + 2 * model.vocab_size)
     return state + element * activations

@@ -34,7 +34,7 @@ class ModelConfig:
     # Of mosaicbert alone, each with its published value first.
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_placement: Literal["post", "pre"] = "post"  # behind the residual's sum, or before each half
-    masked_only_layers: Annotated[int, Field(ge=0)] = 0  # NarrowBERT: so many at the end
+    masked_only_layers: Annotated[int, Field(ge=0)] = 0  # NarrowBERT's, at the end; 0 and 1 are the same
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, slower
 
     def __post_init__(self) -> None:

@@ -168,11 +168,10 @@ class MosaicBertAttention(nn.Module):
         slopes: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        positions: Tensor | None,
         memory: Tensor | None,
         queries: ops.Queries | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden, stream (tokens, hidden) -> the same, or (positions, hidden) for those rows alone
+        """hidden, stream (tokens, hidden) -> the same
 
         With `memory` (tokens, hidden), of which keys and values are: (queries, hidden) -> the same.
         """
@@ -183,7 +182,6 @@ class MosaicBertAttention(nn.Module):
             slopes,
             cu_seqlens,
             max_seqlen,
-            positions,
             norm.eps,
             self.attention_dropout_p if self.training else 0.0,
             self.hidden_dropout_p if self.training else 0.0,
@@ -236,14 +234,15 @@ class MosaicBertEncoder(nn.Module):
     first tokens, as published), and their keys and values are made of what the first of them reads, all
     tokens as the last full layer left them. So a position's output does not depend on which others are read:
     where all are, as through the padded face, it is the same. With one such layer the network is the plain
-    one; with more it is another, also where all positions are read, because the plain one's upper layers
-    read keys and values that the layers before have renewed.
+    one, of which nothing is computed in vain, so the last layer is always one. With more it is another
+    network, also where all positions are read, because the plain one's upper layers read keys and values
+    that the layers before have renewed.
     """
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
         self.is_pre = config.norm_placement == "pre"
-        self.num_full_layers = config.num_hidden_layers - config.masked_only_layers
+        self.num_narrow_layers = max(config.masked_only_layers, 1)
         self.num_heads = config.num_attention_heads
         self.layer = nn.ModuleList(MosaicBertLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False  # also what transformers' gradient_checkpointing_enable() sets
@@ -259,25 +258,28 @@ class MosaicBertEncoder(nn.Module):
         """(tokens, hidden) -> the last layer's output; with `every_layer` all outputs, the input first
         (in pre-LN the stream after each layer, and its norm after the last).
 
-        `positions` are the rows that the caller reads: past its attention, the last layer computes no others.
+        `positions` are the rows that the caller reads: the narrow layers compute no others.
         """
         # Made anew in each call, not kept as a buffer: a model cast to bf16 would round the slopes.
         slopes = ops.alibi_slopes(self.num_heads, hidden.device)
         stream = hidden if self.is_pre else None
         outputs, memory, queries, row_of_position = [hidden], None, None, None
+        # Where all is read, the last layer alone is faster as the full one that it also is.
+        num_narrow = 0 if positions is None and self.num_narrow_layers == 1 else self.num_narrow_layers
         for number, layer in enumerate(self.layer):
-            if number == self.num_full_layers:
+            if number == len(self.layer) - num_narrow:
                 memory = hidden
                 if positions is None:  # all tokens ask
                     queries = ops.Queries(torch.arange(len(hidden), device=hidden.device), cu_seqlens)
                 else:
-                    queries, row_of_position = ops.queries_at(positions, cu_seqlens, len(hidden))
-                    asking = queries.rows.clamp(max=len(hidden) - 1)
-                    hidden = hidden.index_select(0, asking)
-                    stream = None if stream is None else stream.index_select(0, asking)
+                    queries, row_of_position, row_of_token = ops.queries_at(
+                        positions, cu_seqlens, len(hidden)
+                    )
+                    hidden = ops.rows_of_queries(hidden, queries.rows, row_of_token)
+                    if stream is not None:
+                        stream = ops.rows_of_queries(stream, queries.rows, row_of_token)
             is_last = layer is self.layer[-1]
-            read = positions if is_last and memory is None else None
-            arguments = (hidden, stream, slopes, cu_seqlens, max_seqlen, read, memory, queries)
+            arguments = (hidden, stream, slopes, cu_seqlens, max_seqlen, memory, queries)
             if self.gradient_checkpointing and self.training:
                 hidden, stream = checkpoint(layer, *arguments, use_reentrant=False)
             else:
@@ -445,7 +447,7 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
         """Padded: labels (batch, length), -100 = none -> logits (batch, length, vocab) and the mean loss.
 
         Unpadded, chosen by `cu_seqlens`: input_ids (tokens,), masked_positions (masked,), labels (masked,)
-        -> MaskedLMSums. Only the masked positions pass the last layer's feed-forward and the head.
+        -> MaskedLMSums. Only the masked positions ask in the last layer and pass the head.
         """
         if cu_seqlens is not None:
             hidden = self.bert(
@@ -497,8 +499,8 @@ class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
         """Padded: labels (batch,) -> logits (batch, num_labels) and the mean loss.
 
         Unpadded, chosen by `cu_seqlens`: input_ids (tokens,) -> logits (sequences, num_labels) alone. The
-        last layer's feed-forward sees only the first tokens. A sequence of no tokens gives logits of no
-        meaning, so that `cu_seqlens` may be rounded up by repeating its end.
+        last layer computes only the first tokens. A sequence of no tokens gives logits of no meaning, so that
+        `cu_seqlens` may be rounded up by repeating its end.
         """
         if cu_seqlens is not None:
             first = cu_seqlens[:-1].clamp(max=input_ids.shape[0] - 1)

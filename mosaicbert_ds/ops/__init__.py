@@ -16,6 +16,7 @@ from mosaicbert_ds.ops.reference import (
     alibi_slopes,
     layer_norm,
     queries_at,
+    rows_of_queries,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "masked_lm_loss",
     "mlp_block",
     "queries_at",
+    "rows_of_queries",
 ]

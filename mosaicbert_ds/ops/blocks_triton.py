@@ -39,11 +39,6 @@ def _seed(device: torch.device, dropout_p: float) -> Tensor | None:
     return draw_seed(device) if drop_threshold(dropout_p) else None
 
 
-def _scattered(rows: Tensor, positions: Tensor, num_rows: int) -> Tensor:
-    """(positions, width) -> (num_rows, width), zero where no position points."""
-    return rows.new_zeros(num_rows, rows.shape[1]).index_add_(0, positions, rows)
-
-
 def _norm_forward(
     x: Tensor, x_bias: Tensor, hidden: Tensor, stream: Tensor | None, w: AttentionWeights | MLPWeights,
     seed: Tensor | None, eps: float, dropout_p: float,
@@ -87,7 +82,7 @@ class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, slopes: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-        positions: Tensor | None, eps: float, attention_dropout_p: float, hidden_dropout_p: float,
+        eps: float, attention_dropout_p: float, hidden_dropout_p: float,
         stream: Tensor | None, memory: Tensor | None, queries: Queries | None,
         main_grads: tuple[Tensor | None, ...] | None, *weights: Tensor,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -102,18 +97,14 @@ class _AttentionBlock(torch.autograd.Function):
             q = F.linear(hidden, w.qkv_weight[:width], w.qkv_bias[:width]).unflatten(-1, (heads, -1))
             kv = F.linear(memory, w.qkv_weight[width:], w.qkv_bias[width:]).unflatten(-1, (2, heads, -1))
             out, lost, lse = queries_forward(q, kv, queries, *how)
-        context, residual = out.flatten(1), hidden  # both (tokens, hidden)
-        if positions is not None:
-            context, residual = context.index_select(0, positions), hidden.index_select(0, positions)
-            stream = None if stream is None else stream.index_select(0, positions)
-        dense = F.linear(context, w.dense_weight)  # its bias is added by the next kernel
+        dense = F.linear(out.flatten(1), w.dense_weight)  # its bias is added by the next kernel
         seed = _seed(hidden.device, hidden_dropout_p)
         y, stream, norm_saved = _norm_forward(
-            dense, w.dense_bias, residual, stream, w, seed, eps, hidden_dropout_p
+            dense, w.dense_bias, hidden, stream, w, seed, eps, hidden_dropout_p
         )
         ctx.save_for_backward(
-            *norm_saved, hidden, memory, q, kv, out, lost, lse, context, attention_seed, slopes, cu_seqlens,
-            positions, *(queries or (None, None)), *weights,
+            *norm_saved, hidden, memory, q, kv, out, lost, lse, attention_seed, slopes, cu_seqlens,
+            *(queries or (None, None)), *weights,
         )  # fmt: skip
         ctx.max_seqlen, ctx.main_grads = max_seqlen, main_grads
         ctx.attention_dropout_p, ctx.hidden_dropout_p = attention_dropout_p, hidden_dropout_p
@@ -123,8 +114,8 @@ class _AttentionBlock(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor, d_stream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         norm_saved = ctx.saved_tensors[:6]
         (
-            hidden, memory, q, kv, out, lost, lse, context, attention_seed, slopes, cu_seqlens,
-            positions, rows, cu_queries, *weights,
+            hidden, memory, q, kv, out, lost, lse, attention_seed, slopes, cu_seqlens,
+            rows, cu_queries, *weights,
         ) = ctx.saved_tensors[6:]  # fmt: skip
         w, width = AttentionWeights(*weights), hidden.shape[1]
         d_dense, d_addend, sums = _norm_backward(
@@ -132,12 +123,8 @@ class _AttentionBlock(torch.autograd.Function):
         )
         d_norm_weight, d_norm_bias, d_dense_bias = sums
         main_qkv, _, main_dense, *_ = ctx.main_grads or (None,) * len(w)
-        d_dense_weight = product(main_dense, d_dense, context)
-        d_context = d_dense @ w.dense_weight
-        if positions is not None:
-            d_context = _scattered(d_context, positions, len(hidden))
-            d_addend = _scattered(d_addend, positions, len(hidden))
-        d_out = d_context.view_as(out)
+        d_dense_weight = product(main_dense, d_dense, out.flatten(1))
+        d_out = (d_dense @ w.dense_weight).view_as(out)
         how = (lse, slopes, cu_seqlens, ctx.max_seqlen, attention_seed, ctx.attention_dropout_p)
         # A shift of all of a query's scores changes no softmax, so the bias of the keys has no gradient. The
         # sum would be rounding, which Adam's normalised step takes for a direction.
@@ -159,7 +146,7 @@ class _AttentionBlock(torch.autograd.Function):
         d_hidden, d_stream = _hidden_and_stream(d_addend, d_stream, d_q, q_weight)
         d_weights = (d_qkv_weight, d_qkv_bias, d_dense_weight, d_dense_bias, d_norm_weight, d_norm_bias)
         settled = settle(d_weights, ctx.main_grads, w)
-        return d_hidden, *(None,) * 7, d_stream, d_memory, None, None, *settled
+        return d_hidden, *(None,) * 6, d_stream, d_memory, None, None, *settled
 
 
 class _MLPBlock(torch.autograd.Function):
@@ -199,7 +186,6 @@ def attention_block(
     slopes: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    positions: Tensor | None,
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
@@ -209,7 +195,7 @@ def attention_block(
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.attention_block` defines it."""
     return _AttentionBlock.apply(
-        hidden, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p, hidden_dropout_p,
+        hidden, slopes, cu_seqlens, max_seqlen, eps, attention_dropout_p, hidden_dropout_p,
         stream, memory, queries, main_grads_of(weights), *weights,
     )  # fmt: skip
 

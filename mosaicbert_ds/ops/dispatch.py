@@ -89,7 +89,6 @@ def attention_block(
     slopes: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    positions: Tensor | None,
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
@@ -111,8 +110,8 @@ def attention_block(
                 f"{', '.join(map(str, attention_triton.HEAD_DIMS))}; give auto or torch"
             )
     return block(
-        hidden, weights, slopes, cu_seqlens, max_seqlen, positions, eps, attention_dropout_p,
-        hidden_dropout_p, stream, memory, queries,
+        hidden, weights, slopes, cu_seqlens, max_seqlen, eps, attention_dropout_p, hidden_dropout_p,
+        stream, memory, queries,
     )  # fmt: skip
 
 

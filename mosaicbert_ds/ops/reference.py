@@ -6,7 +6,7 @@ round the batch up to a fixed shape. Nothing here waits for the device, so a ste
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +78,10 @@ class Queries(NamedTuple):
     cu_seqlens: Tensor  # (sequences + 1,) int32: queries cu_seqlens[i] : cu_seqlens[i + 1] ask sequence i
 
 
-def queries_at(positions: Tensor, cu_seqlens: Tensor, num_tokens: int) -> tuple[Queries, Tensor]:
-    """The tokens at `positions` (in any order, some perhaps more than once) as queries, and for each position
-    the row of its query: (positions,) int64.
+def queries_at(positions: Tensor, cu_seqlens: Tensor, num_tokens: int) -> tuple[Queries, Tensor, Tensor]:
+    """The tokens at `positions` (in any order, some perhaps more than once) as queries; for each position the
+    row of its query, (positions,) int64; and for each token, (tokens,) int64, the number of rows where it
+    has none.
 
     There are as many rows as positions, so that shapes are static; those left over, behind
     `Queries.cu_seqlens[-1]`, hold `num_tokens` and ask nobody.
@@ -91,7 +92,31 @@ def queries_at(positions: Tensor, cu_seqlens: Tensor, num_tokens: int) -> tuple[
     # One row at least: nothing can be read of a tensor of none.
     rows = ordered.new_full((max(1, len(positions)),), num_tokens).scatter(0, rank, ordered)
     row_of_position = torch.empty_like(rank).scatter(0, order, rank)
-    return Queries(rows, torch.searchsorted(rows, cu_seqlens.to(rows.dtype)).int()), row_of_position
+    row_of_token = rows.new_full((num_tokens + 1,), len(rows))
+    row_of_token = row_of_token.scatter(0, rows, torch.arange(len(rows), device=rows.device))[:num_tokens]
+    queries = Queries(rows, torch.searchsorted(rows, cu_seqlens.to(rows.dtype)).int())
+    return queries, row_of_position, row_of_token
+
+
+class _RowsOfQueries(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, row_of_token: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(row_of_token)
+        return x.index_select(0, rows.clamp(max=len(x) - 1))
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (row_of_token,) = ctx.saved_tensors
+        return F.pad(d_out, (0, 0, 0, 1)).index_select(0, row_of_token), None, None
+
+
+def rows_of_queries(x: Tensor, rows: Tensor, row_of_token: Tensor) -> Tensor:
+    """x (tokens, width) at the rows of `queries_at`: (queries, width); those left over hold any token's.
+
+    The gradient is gathered as well. Autograd's own adds up into zeros, several times as slow, for it cannot
+    know that no row is read twice.
+    """
+    return _RowsOfQueries.apply(x, rows, row_of_token)
 
 
 def attention_of_queries(
@@ -259,7 +284,6 @@ def attention_block(
     slopes: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    positions: Tensor | None,
     eps: float,
     attention_dropout_p: float,
     hidden_dropout_p: float,
@@ -275,9 +299,8 @@ def attention_block(
 
         LayerNorm(s), s        with s = dropout(attention(hidden Wqkv) Wdense) + stream
 
-    hidden, stream: (tokens, hidden). Returns (tokens, hidden), or (positions, hidden) for those rows alone.
-    With `memory` (tokens, hidden) keys and values are made of it, and hidden, stream and what is returned
-    are (queries, hidden).
+    hidden, stream, and what is returned: (tokens, hidden). With `memory` (tokens, hidden) keys and values are
+    made of it, and the others are (queries, hidden).
     """
     heads, width = slopes.shape[0], hidden.shape[1]
     if memory is None or queries is None:
@@ -291,9 +314,6 @@ def attention_block(
         context = attention_of_queries(
             q, kv, queries, slopes, cu_seqlens, max_seqlen, attention_dropout_p
         ).flatten(1)
-    if positions is not None:
-        context, hidden = context.index_select(0, positions), hidden.index_select(0, positions)
-        stream = None if stream is None else stream.index_select(0, positions)
     dense = F.linear(context, weights.dense_weight)
     return _end_of_half(dense, weights.dense_bias, hidden, stream, weights, eps, hidden_dropout_p)
 

@@ -60,15 +60,10 @@ def chained_norm(x, x_bias, hidden, stream, w, eps, p):
     return out, total
 
 
-def chained_attention_block(
-    hidden, w, slopes, cu_seqlens, max_seqlen, positions, eps, p_attention, p_hidden, stream
-):
+def chained_attention_block(hidden, w, slopes, cu_seqlens, max_seqlen, eps, p_attention, p_hidden, stream):
     """The block from its kernels, linked by autograd."""
     qkv = F.linear(hidden, w.qkv_weight, w.qkv_bias).unflatten(-1, (3, HEADS, -1))
     context = attention_triton.attention(qkv, slopes, cu_seqlens, max_seqlen, p_attention).flatten(1)
-    if positions is not None:
-        context, hidden = context[positions], hidden[positions]
-        stream = None if stream is None else stream[positions]
     return chained_norm(F.linear(context, w.dense_weight), w.dense_bias, hidden, stream, w, eps, p_hidden)
 
 
@@ -95,12 +90,12 @@ def assert_close(found, expected):
         assert ((a.double() - b.double()).norm() / b.double().norm()).item() < TOLERANCE
 
 
-def attention_block_of(block, positions, dropout_p):
+def attention_block_of(block, dropout_p):
     cu_seqlens = torch.tensor([0, *LENGTHS], device=DEVICE).cumsum(0).int()
     slopes = reference.alibi_slopes(HEADS, DEVICE)
     return lambda hidden, stream, weights: block(
-        hidden, AttentionWeights(*weights), slopes, cu_seqlens, max(LENGTHS), positions, EPS,
-        dropout_p, dropout_p, stream,
+        hidden, AttentionWeights(*weights), slopes, cu_seqlens, max(LENGTHS), EPS, dropout_p, dropout_p,
+        stream,
     )  # fmt: skip
 
 
@@ -120,20 +115,16 @@ NORMS = [("layernorm", "post"), ("layernorm", "pre"), ("rmsnorm", "post"), ("rms
 
 @pytest.mark.parametrize(("norm", "placement"), NORMS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("positions", [None, [3, 0, 24, 11]])
-def test_attention_block_has_the_gradients_of_its_parts(positions, dropout_p, norm, placement):
+def test_attention_block_has_the_gradients_of_its_parts(dropout_p, norm, placement):
     inputs, d_outs = inputs_of(placement, sum(LENGTHS) + TRAILING)
     weights = without_norm_bias(attention_weights(), norm)
-    if positions is not None:
-        positions = torch.tensor(positions, device=DEVICE)
     block, chain = (
-        attention_block_of(f, positions, dropout_p)
-        for f in (blocks_triton.attention_block, chained_attention_block)
+        attention_block_of(f, dropout_p) for f in (blocks_triton.attention_block, chained_attention_block)
     )
     found = gradients(block, inputs, weights, d_outs, torch.float32)
     assert_close(found, gradients(chain, inputs, weights, d_outs, torch.float32))
     if not dropout_p:
-        exact = attention_block_of(reference.attention_block, positions, 0.0)
+        exact = attention_block_of(reference.attention_block, 0.0)
         assert_close(found, gradients(exact, inputs, weights, d_outs, torch.float64))
 
 
@@ -145,9 +136,10 @@ def narrow_block_of(block, lengths, positions, dropout_p):
     def narrow(hidden, stream, memory, weights):
         queries = reference.Queries(torch.arange(len(hidden), device=DEVICE), cu_seqlens)
         if positions is not None:
-            queries, _ = reference.queries_at(torch.tensor(positions, device=DEVICE), cu_seqlens, len(memory))
+            asked = torch.tensor(positions, device=DEVICE)
+            queries, *_ = reference.queries_at(asked, cu_seqlens, len(memory))
         return block(
-            hidden, AttentionWeights(*weights), slopes, cu_seqlens, max(lengths), None, EPS,
+            hidden, AttentionWeights(*weights), slopes, cu_seqlens, max(lengths), EPS,
             dropout_p, dropout_p, stream, memory, queries,
         )  # fmt: skip
 
@@ -184,7 +176,7 @@ def test_where_all_tokens_ask_the_narrow_attention_block_is_the_plain_one(length
     slopes = reference.alibi_slopes(HEADS, DEVICE)
 
     def plain(hidden, stream, weights):
-        arguments = (slopes, cu_seqlens, max(lengths), None, EPS, 0.3, 0.3, stream)
+        arguments = (slopes, cu_seqlens, max(lengths), EPS, 0.3, 0.3, stream)
         return blocks_triton.attention_block(hidden, AttentionWeights(*weights), *arguments)
 
     narrow = narrow_block_of(blocks_triton.attention_block, lengths, None, 0.3)

@@ -31,14 +31,11 @@ def attention_half(lengths, heads, head_dim, attention_p, hidden_p):
     width = heads * head_dim
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
     slopes = reference.alibi_slopes(heads, DEVICE)
-    # Some rows of a long batch: all keys and their blocks take part, and the interpreter has less to do.
-    positions = torch.arange(0, sum(lengths), max(1, sum(lengths) // 16), device=DEVICE)
 
     def half(hidden, *weights):
         return blocks_triton.attention_block(
-            hidden, AttentionWeights(*weights), slopes, cu_seqlens, max(lengths), positions, EPS,
-            attention_p, hidden_p,
-        )[0]  # fmt: skip
+            hidden, AttentionWeights(*weights), slopes, cu_seqlens, max(lengths), EPS, attention_p, hidden_p
+        )[0]
 
     qkv, dense = (matrix(3 * width, width), normal(3 * width)), (matrix(width, width), normal(width))
     return half, [normal(sum(lengths), width), *qkv, *dense, normal(width), normal(width)]

@@ -329,21 +329,19 @@ def test_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim, norm,
     tokens, width, heads = sum(lengths) + 37, 768, 768 // head_dim
     arguments = (reference.alibi_slopes(heads, "cuda"), cu_seqlens_of(lengths), max(lengths))
     streams = streams_of(placement, tokens, width)
-    for positions in (None, torch.randperm(sum(lengths), device="cuda")[:200]):
 
-        def half(block, hidden, *rest, positions=positions):
-            stream = rest[0] if streams else None
-            weights = named(AttentionWeights, rest[len(streams) :])
-            outs = block(hidden, weights, *arguments, positions, 1e-12, 0.0, 0.0, stream)
-            return torch.cat([out for out in outs if out is not None])
+    def half(block, hidden, *rest):
+        stream = rest[0] if streams else None
+        weights = named(AttentionWeights, rest[len(streams) :])
+        outs = block(hidden, weights, *arguments, 1e-12, 0.0, 0.0, stream)
+        return torch.cat([out for out in outs if out is not None])
 
-        rows = tokens if positions is None else len(positions)
-        assert_as_exact_as_torch(
-            partial(half, blocks_triton.attention_block),
-            partial(half, reference.attention_block),
-            {"hidden": normal(tokens, width), **streams, **attention_weights(width, norm)},
-            normal(rows * (1 + len(streams)), width),
-        )
+    assert_as_exact_as_torch(
+        partial(half, blocks_triton.attention_block),
+        partial(half, reference.attention_block),
+        {"hidden": normal(tokens, width), **streams, **attention_weights(width, norm)},
+        normal(tokens * (1 + len(streams)), width),
+    )
 
 
 @pytest.mark.parametrize(("norm", "placement"), [NORMS[0], NORMS[-1]])
@@ -354,14 +352,14 @@ def test_narrow_attention_block_is_as_exact_as_torch(poisoned, lengths, head_dim
     slopes, cu_seqlens = reference.alibi_slopes(heads, "cuda"), cu_seqlens_of(lengths)
     masked = torch.randperm(tokens, device="cuda")[: tokens * 3 // 10]
     positions = torch.cat([masked, masked.new_zeros(9)])  # rounded up as the loader does
-    queries, _ = reference.queries_at(positions, cu_seqlens, tokens + 37)
+    queries, *_ = reference.queries_at(positions, cu_seqlens, tokens + 37)
     streams = streams_of(placement, len(positions), width)
 
     def half(block, hidden, memory, *rest):
         stream = rest[0] if streams else None
         weights = named(AttentionWeights, rest[len(streams) :])
         outs = block(
-            hidden, weights, slopes, cu_seqlens, max(lengths), None, 1e-12, 0.0, 0.0, stream, memory, queries
+            hidden, weights, slopes, cu_seqlens, max(lengths), 1e-12, 0.0, 0.0, stream, memory, queries
         )
         return torch.cat([out for out in outs if out is not None])
 

@@ -17,7 +17,7 @@ from mosaicbert_ds.model import (
     build_pretraining_model,
 )
 from mosaicbert_ds.model.build import to_hf_config
-from mosaicbert_ds.ops import alibi_slopes
+from mosaicbert_ds.ops import alibi_slopes, queries_at, rows_of_queries
 from mosaicbert_ds.typed_yaml import from_tree
 
 SHAPE = {
@@ -161,6 +161,21 @@ def test_padded_unpadded_and_rounded_up_give_the_same_loss_and_gradients(variant
         found = gradients(model, loss)
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("positions", [[5, 2, 2, 10, 2], [10], []], ids=str)
+def test_each_tokens_gradient_is_that_of_its_query_and_else_zero(positions):
+    """Rows are left over where a position comes twice; what is given back for them belongs to no token."""
+    x, cu_seqlens = torch.randn(11, 3, requires_grad=True), torch.tensor([0, 4, 10], dtype=torch.int32)
+    queries, row_of_position, row_of_token = queries_at(torch.tensor(positions).long(), cu_seqlens, len(x))
+    rows = rows_of_queries(x, queries.rows, row_of_token)
+    assert torch.equal(rows[row_of_position], x[positions])
+    d_rows = torch.randn_like(rows)
+    rows.backward(d_rows)
+    expected = torch.zeros_like(x)
+    for row, token in enumerate(sorted(set(positions))):
+        expected[token] = d_rows[row]
+    assert torch.equal(x.grad, expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
