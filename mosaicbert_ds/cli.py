@@ -322,12 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command = _command(commands, "plot", _plot, "draw the loss curve of one or several runs")
-    command.add_argument(
-        "runs",
-        nargs="+",
-        metavar="[CURVE=]RUN",
-        help="a run's folder; runs of one CURVE make one line. Or an --out of before, for the runs in it",
-    )
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="runs' folders")
     command.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="picture to write: .png, .svg or .pdf"
     )

@@ -1,6 +1,7 @@
 """The commands explain themselves, and a person's mistake is one line and exit code 2."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -126,3 +127,16 @@ def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         command, cwd=REPO, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"}
     )
+
+
+def test_plot_draws_the_curves_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = {"evaluation/loss": 6.5, "evaluation/unigram_entropy": 7.3}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        lines = [{"samples_seen": n, "train/loss": 10 - n / 10} | evaluation for n in range(10)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    picture = tmp_path / "loss.svg"
+    assert cli.main(["plot", str(tmp_path / "first"), str(tmp_path / "second"), "--out", str(picture)]) == 0
+    assert "<svg" in picture.read_text(encoding="utf-8") and picture.stat().st_size > 10_000
+    assert cli.main(["plot", str(tmp_path / "third"), "--out", str(picture)]) == 2
+    assert "third/metrics.jsonl does not exist" in capsys.readouterr().err
