@@ -4,6 +4,7 @@ Rooms are imported when their command runs, so that `--help` answers at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ _SOURCES = "files or folders of .txt, .jsonl or .parquet (.gz .zst .xz .bz2 too)
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    # Of transformers, which draws one for every folder that it reads or writes.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     args.arguments = sys.argv[1:] if argv is None else argv
     try:
         return args.run(args) or 0

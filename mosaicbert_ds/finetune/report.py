@@ -136,39 +136,39 @@ def _row_notes(tasks: Mapping[str, Task], rows: Mapping[str, Mapping[str, SplitR
 
 def table(results: Mapping[str, Any]) -> str:
     """The results as a Markdown table with its notes."""
-    lines = [
-        f"Model: {results['model']}",
-        "",
-        "| task | metric | mean | std | n | 95 % interval | published MosaicBERT-Base |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    titles = ["task", "metric", "mean", "std", "n", "95 % interval", "published MosaicBERT-Base"]
+    lines = [titles, ["---"] * len(titles)]
     for row in results["tasks"].values():
         several = len(row["metrics"]) > 1
+        end = [_interval(row), _number(row["published"])]
         for metric in row["metrics"]:
             name = _NAMES[metric["metric"]]
             if len({m["split"] for m in row["metrics"]}) > 1:
                 name += f" ({metric['split'].removeprefix('dev_')})"
-            std = "" if metric["std"] is None else f"{metric['std']:.2f}"
-            end = " | | |" if several else _end(row)
-            lines.append(f"| {row['title']} | {name} | {metric['mean']:.2f} | {std} | {metric['n']}{end}")
+            cells = [row["title"], name, _number(metric["mean"]), _number(metric["std"]), str(metric["n"])]
+            lines.append([*cells, *(["", ""] if several else end)])
         if several:
-            std = "" if row["std"] is None else f"{row['std']:.2f}"
-            lines.append(f"| {row['title']} | **score** | {row['score']:.2f} | {std} |{_end(row)}")
+            lines.append([row["title"], "**score**", _number(row["score"]), _number(row["std"]), "", *end])
     average = results.get("average")
     if average and average["tasks"] > 1:
         name = "GLUE" if average["is_glue"] else f"mean of {average['tasks']} tasks"
-        published = f"{GLUE_PUBLISHED_AVERAGE:.2f}" if average["is_glue"] else ""
-        low, high = average["interval"]
+        published = _number(GLUE_PUBLISHED_AVERAGE if average["is_glue"] else None)
         lines.append(
-            f"| **{name}** | | **{average['score']:.2f}** | | | {low:.2f} to {high:.2f} | {published} |"
+            [f"**{name}**", "", f"**{average['score']:.2f}**", "", "", _interval(average), published]
         )
-    return "\n".join([*lines, "", *(f"- {note}" for note in [*results["notes"], _INTERVALS])]) + "\n"
+    if not any(line[-1] for line in lines[2:]):  # tasks of your own
+        lines = [line[:-1] for line in lines]
+    text = [f"Model: {results['model']}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    return "\n".join([*text, *(f"- {note}" for note in [*results["notes"], _INTERVALS])]) + "\n"
 
 
-def _end(row: Mapping[str, Any]) -> str:
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _interval(row: Mapping[str, Any]) -> str:
     low, high = row["interval"]
-    published = "" if row["published"] is None else f"{row['published']:.2f}"
-    return f" | {low:.2f} to {high:.2f} | {published} |"
+    return f"{low:.2f} to {high:.2f}"
 
 
 def write_report(results: Mapping[str, Any], out: Path) -> None:
