@@ -99,6 +99,7 @@ def fit(
     """
     pending: list[tuple[Step, int, torch.Tensor]] = []  # of each step since the last flush
     window, clock, training = Window(), Stopwatch(progress.elapsed_s), Stopwatch(progress.training_s)
+    is_first = True  # of this start: it compiles and waits for the loader's first batch, and is not timed
 
     for step in steps:
         # -- fetch
@@ -120,10 +121,13 @@ def fit(
         is_last = step.done >= 1
         save_is_due = is_last or saver.is_due(before, after)
         evaluation_is_due = is_last or crosses(before, after, evaluation.every_samples)
-        log_is_due = step.number % log_every_steps == 0 or course.wants_correction(step)
+        log_is_due = is_first or step.number % log_every_steps == 0 or course.wants_correction(step)
         if not (save_is_due or evaluation_is_due or log_is_due):
             continue
+        timed_s = progress.training_s
         stopping = _flush(pending, window, training, progress, rates, telemetry, bool(stop))
+        if is_first:
+            training, progress.training_s, is_first = Stopwatch(timed_s), timed_s, False
         course.correct(step, progress.training_s)
         progress.scheduled_s = 60 * (plan.minutes or 0) * step.done
         with training.paused():

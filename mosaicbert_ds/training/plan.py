@@ -58,8 +58,8 @@ class BatchConfig:
 class DurationConfig:
     """Length of the run: samples seen over all ranks and epochs, or minutes of training.
 
-    Minutes are wall-clock time from the first fetch to the last update: steps and waiting for data, what
-    is compiled on the way included. Evaluation and saving do not count, for they are no part of the method.
+    Minutes are wall-clock time of steps and of waiting for data. Not counted are evaluation and saving, which
+    are no part of the method, and a start's first step, which compiles.
     """
 
     samples: Count | None = 286_720_000
@@ -123,7 +123,8 @@ class BatchPlan:
     def __str__(self) -> str:
         ramp = ", ".join(f"{size:,} from {mark:.0%}" for mark, size in self.ramp)
         length = (
-            f"{self.minutes:g} minutes of steps and waiting for data; evaluation and saving do not count"
+            f"{self.minutes:g} minutes of steps and waiting for data; each start's first step, evaluation "
+            "and saving do not count"
             if self.total_samples is None
             else f"{self.total_steps:,} steps = {self.total_samples:,} samples"
         )

@@ -16,7 +16,7 @@ class Progress:
     samples_seen: int = 0
     tokens_seen: int = 0
     elapsed_s: float = 0.0  # all of the run so far
-    training_s: float = 0.0  # without evaluation and saving
+    training_s: float = 0.0  # without evaluation and saving, and without each start's first step
     scheduled_s: float = 0.0  # of a run of minutes: where in them its schedule stands
 
     def to_dict(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_a_dry_run_says_what_a_run_of_minutes_will_do() -> None:
     plan = plan_batches(recipe.batch, recipe.duration, world_size=1)
     text = describe(recipe, plan, {})
     assert "accumulation 4 x 1 rank(s) (ramp: 256 from 0%, 1,024 from 10% of the run); 20 minutes of" in text
-    assert "evaluation and saving do not count" in text
+    assert "each start's first step, evaluation and saving do not count" in text
     assert "steps follow from the speed: the schedule goes by the main rank's clock" in text
     assert "0.00 minutes  0.000e+00  global batch 256\n" in text
     assert "17.78 minutes  2.822e-04  global batch 1,024\n" in text
