@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from mosaicbert_ds import ops
 from mosaicbert_ds.finetune.batches import Inputs, Shape, buffer_size, views
 from mosaicbert_ds.finetune.models import Classifier
 from mosaicbert_ds.ops.reference import IGNORED_LABEL
-from mosaicbert_ds.training.optimizer import OptimizerConfig, build_optimizer
+from mosaicbert_ds.training.optimizer import OptimizerConfig
 from mosaicbert_ds.training.progress import step_seed
 
 
@@ -35,9 +36,9 @@ def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
 class Trainer:
     """A model, its fp32 weights and its optimizer; `run` takes steps, `logits` evaluates.
 
-    With `bf16` the model holds bf16 copies of the fp32 weights, refreshed after each update by one fused
-    copy, and gradients are cast once: the arithmetic of `training.engine.Bf16Compute`, without its
-    launch a parameter. `rates`: the learning rate of every step, (steps,).
+    With `bf16` the model holds bf16 copies of the fp32 weights, and `ops.adamw` reads bf16 gradients and
+    writes both: the arithmetic of `training.engine.Bf16Compute`, without its launch a parameter. `rates`: the
+    learning rate of every step, (steps,).
     """
 
     def __init__(
@@ -55,18 +56,12 @@ class Trainer:
         self._device, self._is_regression, self._seed = device, is_regression, seed
         self._names = [name for name, _ in model.named_parameters()]
         self._compute = list(model.parameters())
-        self._masters = self._compute
-        self._gradients: list[Tensor] = []  # fp32, of the masters; without bf16 they are used as they come
+        masters = self._compute
         if bf16:
-            self._masters = [nn.Parameter(weight.detach().clone()) for weight in self._compute]
-            self._gradients = [torch.zeros_like(master) for master in self._masters]
-            for master, gradient in zip(self._masters, self._gradients, strict=True):
-                master.grad = gradient
+            masters = [weight.detach().clone() for weight in self._compute]
             self._model.bfloat16()
-        self._optimizer = build_optimizer(self._masters, optimizer)
-        self._lr = torch.zeros((), device=device)  # a tensor, so that a replay reads its present value
-        self._optimizer.param_groups[0].update(lr=self._lr, capturable=device.type == "cuda")
-        self._rates = torch.tensor(rates, dtype=torch.float32, device=device)
+        hyper = (optimizer.betas, optimizer.eps, optimizer.adamw_weight_decay)
+        self._optimizer = ops.adamw(self._compute, masters, rates, *hyper)
         self.losses = torch.zeros(len(rates), device=device)  # of each step; reading it waits for the device
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self.steps_done = 0
@@ -90,16 +85,7 @@ class Trainer:
         # On this thread, whose capture it is, and not on autograd's own.
         with torch.autograd.set_multithreading_enabled(False):
             gradients = torch.autograd.grad(loss, self._compute)
-        if self._gradients:
-            torch._foreach_copy_(self._gradients, gradients)
-        else:
-            for master, gradient in zip(self._masters, gradients, strict=True):
-                master.grad = gradient
-        self._lr.copy_(self._rates.index_select(0, self._step).squeeze())
-        self._optimizer.step()
-        if self._gradients:
-            with torch.no_grad():
-                torch._foreach_copy_(list[Tensor](self._compute), list[Tensor](self._masters))
+        self._optimizer.update(gradients, self._step)
         self.losses.index_copy_(0, self._step, loss.detach().view(1))
         self._step += 1
 
@@ -135,11 +121,10 @@ class Trainer:
 
     def _capture(self, shape: Shape) -> torch.cuda.CUDAGraph:
         """The step of `shape` as a graph. Capturing computes nothing."""
-        if not self._gradients:
-            self._optimizer.zero_grad()  # gradients of the last capture go back to the pool
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             self._train_step(shape)
+        self._optimizer.upload()
         return graph
 
     @torch.no_grad()
@@ -158,34 +143,34 @@ class Trainer:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Weights and moments by parameter name, fp32 on the CPU, as `training.checkpoint` keeps them."""
-        moments = [self._optimizer.state[master] for master in self._masters]
-        columns = {
-            "weights": [master.detach() for master in self._masters],
-            **{kind: [moment[kind] for moment in moments] for kind in ("exp_avg", "exp_avg_sq")},
-        }
         return {
-            kind: {n: v.to("cpu", copy=True) for n, v in zip(self._names, values, strict=True)}
-            for kind, values in columns.items()
+            kind: {n: v.detach().to("cpu", copy=True) for n, v in zip(self._names, values, strict=True)}
+            for kind, values in self._columns().items()
         }
 
     @torch.no_grad()
     def restore(self, state: dict[str, dict[str, Tensor]], steps_done: int) -> None:
         """Go on from what `state` gave after `steps_done` steps. Before the first step only."""
-        for name, master, copy in zip(self._names, self._masters, self._compute, strict=True):
-            master.copy_(state["weights"][name])
-            copy.copy_(master)
-            self._optimizer.state[master] = {
-                "step": torch.tensor(float(steps_done), device=self._device),
-                **{kind: state[kind][name].to(self._device) for kind in ("exp_avg", "exp_avg_sq")},
-            }
+        for kind, values in self._columns().items():
+            for name, value in zip(self._names, values, strict=True):
+                value.copy_(state[kind][name])
+        for weight, master in zip(self._optimizer.weights, self._optimizer.masters, strict=True):
+            weight.copy_(master)
         self.steps_done = steps_done
         self._step.fill_(steps_done)
+
+    def _columns(self) -> dict[str, list[Tensor]]:
+        """What `state` holds, where it lives."""
+        optimizer = self._optimizer
+        return {
+            "weights": optimizer.masters, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq
+        }  # fmt: skip
 
     def finished_model(self) -> Classifier:
         """The model with its fp32 weights, on the CPU. Ends the training."""
         self._graphs.clear()
         model = self._model.float().cpu()
         with torch.no_grad():
-            for parameter, master in zip(model.parameters(), self._masters, strict=True):
+            for parameter, master in zip(model.parameters(), self._optimizer.masters, strict=True):
                 parameter.copy_(master)
         return model

@@ -1,6 +1,7 @@
 """The arithmetic of the hot path. The model calls these functions and knows no other form of them."""
 
 from mosaicbert_ds.ops.dispatch import (
+    adamw,
     add_layer_norm_dropout,
     attention_block,
     choose_kernels,
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionWeights",
     "MLPWeights",
     "Queries",
+    "adamw",
     "add_layer_norm_dropout",
     "alibi_slopes",
     "attention_block",

@@ -6,6 +6,7 @@ the CPU always take torch, also under `triton`: a checkpoint is exported there b
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -133,3 +134,20 @@ def masked_lm_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor)
 
         return masked_lm_loss_triton.masked_lm_loss(hidden, weight, bias, labels)
     return reference.masked_lm_loss(hidden, weight, bias, labels)
+
+
+def adamw(
+    weights: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    rates: Sequence[float],
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> reference.AdamW:
+    """The optimizer of `weights`, on whose device it works; see `reference.AdamW`."""
+    kind = reference.AdamW
+    if _on_triton(weights[0]):
+        from mosaicbert_ds.ops import adamw_triton
+
+        kind = adamw_triton.AdamW
+    return kind(weights, masters, rates, betas, eps, weight_decay)

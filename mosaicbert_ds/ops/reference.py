@@ -6,11 +6,13 @@ round the batch up to a fixed shape. Nothing here waits for the device, so a ste
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 from torch.utils.checkpoint import checkpoint
 
 # Queries that attend at a time. At length 8,192 and 12 heads the fp32 scores of one sequence are then
@@ -358,3 +360,46 @@ def masked_lm_loss(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor)
     loss_sum = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
     num_correct = (logits.argmax(-1) == labels).sum()
     return loss_sum, num_correct
+
+
+class AdamW:
+    """Decoupled AdamW in fp32 beside a model that computes in another precision: torch.optim.AdamW's.
+
+    weights: the model's own, set to the rounded `masters` by each update; may be the masters themselves.
+    rates: the learning rate of each step, (steps,). weight_decay: torch.optim.AdamW's, times the rate.
+    Every tensor stays where it is, and nothing waits for the device, so an update can be captured.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        masters: Sequence[Tensor],
+        rates: Sequence[float],
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        self.weights, self.masters = list(weights), list(masters)
+        self.exp_avg = [torch.zeros_like(master) for master in masters]
+        self.exp_avg_sq = [torch.zeros_like(master) for master in masters]
+        self._rates = torch.tensor(rates, dtype=torch.float32, device=masters[0].device)
+        self._betas, self._eps, self._weight_decay = betas, eps, weight_decay
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor], step: Tensor) -> None:
+        """One step. gradients: of the weights, in their dtype; step: (1,) int64, the steps done before."""
+        wide = list(gradients)
+        if self.weights[0].dtype != torch.float32:
+            wide = [torch.empty_like(master) for master in self.masters]
+            torch._foreach_copy_(wide, list(gradients))
+        adamw(
+            self.masters, wide, self.exp_avg, self.exp_avg_sq, [],
+            list(step.float().repeat(len(wide)).unbind()),  # counted on by the call
+            fused=True, amsgrad=False, maximize=False, lr=self._rates.index_select(0, step).squeeze(),
+            beta1=self._betas[0], beta2=self._betas[1], eps=self._eps, weight_decay=self._weight_decay,
+        )  # fmt: skip
+        if self.weights[0] is not self.masters[0]:
+            torch._foreach_copy_(self.weights, self.masters)
+
+    def upload(self) -> None:
+        """To be called after a capture of `update` and before its first replay."""
