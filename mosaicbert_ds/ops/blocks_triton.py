@@ -31,7 +31,7 @@ from mosaicbert_ds.ops.column_sums_triton import column_sums
 from mosaicbert_ds.ops.dropout_layernorm_triton import layer_norm_backward, layer_norm_forward
 from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold
 from mosaicbert_ds.ops.geglu_triton import geglu_backward, geglu_forward
-from mosaicbert_ds.ops.main_grad import main_grads_of, product, settle
+from mosaicbert_ds.ops.main_grad import main_grads_of, product, settle, sums_dtype
 from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights, Queries
 
 
@@ -56,12 +56,13 @@ def _norm_forward(
 
 def _norm_backward(
     saved: tuple[Tensor | None, ...], x_bias: Tensor, norm_weight: Tensor, d_y: Tensor,
-    d_stream: Tensor | None, dropout_p: float,
+    d_stream: Tensor | None, dropout_p: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """d_x, the addend's gradient (without dropout d_x itself), and d_norm_weight, d_norm_bias, d_x_bias."""
+    """d_x, the addend's gradient (without dropout d_x itself), and d_norm_weight, d_norm_bias, d_x_bias
+    of `dtype`."""
     x, residual, total, mean, rstd, seed = saved
     d_x, d_residual, sums = layer_norm_backward(
-        x, x_bias, residual, total, norm_weight, d_y, d_stream, mean, rstd, seed, dropout_p
+        x, x_bias, residual, total, norm_weight, d_y, d_stream, mean, rstd, seed, dropout_p, dtype
     )
     return d_x, d_residual if drop_threshold(dropout_p) else d_x, sums
 
@@ -118,8 +119,9 @@ class _AttentionBlock(torch.autograd.Function):
             rows, cu_queries, *weights,
         ) = ctx.saved_tensors[6:]  # fmt: skip
         w, width = AttentionWeights(*weights), hidden.shape[1]
+        dtype = sums_dtype(ctx.main_grads, w.norm_weight)
         d_dense, d_addend, sums = _norm_backward(
-            norm_saved, w.dense_bias, w.norm_weight, d_y, d_stream, ctx.hidden_dropout_p
+            norm_saved, w.dense_bias, w.norm_weight, d_y, d_stream, ctx.hidden_dropout_p, dtype
         )
         d_norm_weight, d_norm_bias, d_dense_bias = sums
         main_qkv, _, main_dense, *_ = ctx.main_grads or (None,) * len(w)
@@ -131,7 +133,7 @@ class _AttentionBlock(torch.autograd.Function):
         if memory is None:
             d_q = attention_backward(q, out, lost, d_out, *how).flatten(1)
             d_qkv_weight = product(main_qkv, d_q, hidden)
-            d_qkv_bias = column_sums(d_q, zeros=range(width, 2 * width))
+            d_qkv_bias = column_sums(d_q, dtype, zeros=range(width, 2 * width))
             q_weight, d_memory = w.qkv_weight, None
         else:
             queries = Queries(rows, cu_queries)
@@ -141,7 +143,7 @@ class _AttentionBlock(torch.autograd.Function):
             parts = (product(main_q, d_q, hidden), product(main_kv, d_kv, memory))
             returned = [part for part in parts if part is not None]
             d_qkv_weight = torch.cat(returned) if returned else None
-            d_qkv_bias = torch.cat([column_sums(d_q), column_sums(d_kv, zeros=range(width))])
+            d_qkv_bias = torch.cat([column_sums(d_q, dtype), column_sums(d_kv, dtype, zeros=range(width))])
             d_memory = d_kv @ kv_weight
         d_hidden, d_stream = _hidden_and_stream(d_addend, d_stream, d_q, q_weight)
         d_weights = (d_qkv_weight, d_qkv_bias, d_dense_weight, d_dense_bias, d_norm_weight, d_norm_bias)
@@ -168,7 +170,10 @@ class _MLPBlock(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor, d_stream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         norm_saved, (hidden, gate_value, seed, *weights) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         w = MLPWeights(*weights)
-        d_down, d_addend, sums = _norm_backward(norm_saved, w.down_bias, w.norm_weight, d_y, d_stream, 0.0)
+        dtype = sums_dtype(ctx.main_grads, w.norm_weight)
+        d_down, d_addend, sums = _norm_backward(
+            norm_saved, w.down_bias, w.norm_weight, d_y, d_stream, 0.0, dtype
+        )
         d_norm_weight, d_norm_bias, d_down_bias = sums
         d_gate_value, gated = geglu_backward(gate_value, d_down @ w.down_weight, seed, ctx.dropout_p)
         main_gate_value, main_down, *_ = ctx.main_grads or (None,) * len(w)

@@ -10,7 +10,7 @@ With n the normalised row, g = dy * weight and all means over the row:
 Memory traffic an element in bf16: forward 4 bytes in, 2 out. Backward 6 in, 4 out; without dropout dx is dr
 and 2 out. h is made again from x and r instead of stored, mean and 1 / std are kept in fp32. A backward
 program walks over many rows and adds up its share of the three sums in registers; the shares go to memory
-once, and one sum over them ends it: no atomics, so the same bits each time.
+once, and one sum over them ends it, rounded once: no atomics, so the same bits each time.
 
 With `keep_sum` (pre-LN) h goes to memory too, and y is the norm of what went there. Its own gradient is added
 to dh in the same pass; h is then read instead of x and r: forward 4 bytes in, 4 out; backward 6 in, 4 out.
@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mosaicbert_ds.ops.column_sums_triton import add_partials
 from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold, keep_mask, keep_scale
 
 # The fastest of those tried on an H200 at width 768. One warp holds a whole row, so its means need no shared
@@ -173,9 +174,10 @@ def layer_norm_forward(
 def layer_norm_backward(
     x: Tensor | None, x_bias: Tensor | None, residual: Tensor | None, total: Tensor | None, weight: Tensor,
     d_out: Tensor, d_sum: Tensor | None, mean: Tensor, rstd: Tensor, seed: Tensor | None, dropout_p: float,
+    sums_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """d_x, d_residual (empty without dropout: it is d_x) and (3, width) fp32: d_weight, d_bias (zero in
-    RMSNorm), d_x_bias.
+    """d_x, d_residual (empty without dropout: it is d_x) and (3, width) of `sums_dtype`: d_weight, d_bias
+    (zero in RMSNorm), d_x_bias.
 
     Give x, x_bias and residual, or where the forward kept the sum `total` and its own gradient `d_sum`.
     """
@@ -192,7 +194,7 @@ def layer_norm_backward(
         num_rows, width, threshold, total is not None, len(mean) < num_rows, ROWS,
         triton.next_power_of_2(max(width, 8)), BACKWARD_STAGES, num_warps=WARPS,
     )  # fmt: skip
-    return d_x, d_residual, partial.sum(0)
+    return d_x, d_residual, add_partials(partial, sums_dtype)
 
 
 @layer_norm_forward.register_fake
@@ -204,9 +206,9 @@ def _(x, x_bias, residual, weight, bias, seed, eps, dropout_p, keep_sum=False):
 
 
 @layer_norm_backward.register_fake
-def _(x, x_bias, residual, total, weight, d_out, d_sum, mean, rstd, seed, dropout_p):
+def _(x, x_bias, residual, total, weight, d_out, d_sum, mean, rstd, seed, dropout_p, sums_dtype):
     d_residual = d_out.new_empty(d_out.shape if drop_threshold(dropout_p) else 0)
-    return d_out.new_empty(d_out.shape), d_residual, d_out.new_empty(3, d_out.shape[1], dtype=torch.float32)
+    return d_out.new_empty(d_out.shape), d_residual, d_out.new_empty(3, d_out.shape[1], dtype=sums_dtype)
 
 
 def _save(ctx, inputs, output):
@@ -220,11 +222,12 @@ def _save(ctx, inputs, output):
 def _backward(ctx, d_out, d_mean, d_rstd, d_sum):
     *summands, weight, mean, rstd, seed = ctx.saved_tensors
     d_x, d_residual, sums = layer_norm_backward(
-        *summands, weight, d_out, d_sum if ctx.keep_sum else None, mean, rstd, seed, ctx.dropout_p
-    )
+        *summands, weight, d_out, d_sum if ctx.keep_sum else None, mean, rstd, seed, ctx.dropout_p,
+        weight.dtype,
+    )  # fmt: skip
     if not drop_threshold(ctx.dropout_p):
         d_residual = d_x
-    d_weight, d_bias, d_x_bias = (gradient.to(weight.dtype) for gradient in sums)
+    d_weight, d_bias, d_x_bias = sums
     d_bias = None if ctx.rms else d_bias
     return d_x, d_x_bias, d_residual, d_weight, d_bias, None, None, None, None
 

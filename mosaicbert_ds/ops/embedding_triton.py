@@ -4,8 +4,9 @@
 
 Tokens are sorted by id, so a word is a run of neighbours. A program adds up the runs in its block of places:
 a run that lies in one block goes straight to the table, of a longer one each block leaves its part, which a
-second kernel adds in order. Sums in fp32, the same bits each time, no atomics. Memory traffic: 2 bytes an
-element of d_out in bf16, and 8 an element of the rows that occur; autograd fills and adds a whole table.
+second kernel adds in order. Sums in fp32, a row of the table is read and written once, so rounded once: the
+same bits each time, no atomics. Memory traffic: 2 bytes an element of d_out in bf16, and 8 an element of the
+rows that occur; autograd fills and adds a whole table.
 """
 
 from typing import Any
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from mosaicbert_ds.ops.main_grad import main_grads_of
 
-BLOCK, ROWS, WARPS = 32, 8, 4  # places a program, rows that are loaded at a time
+BLOCK, ROWS, WARPS = 32, 8, 4  # places a program at most, rows that are loaded at a time
+BLOCKS = 128  # wanted before a block is full: a program's runs wait for one another
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -49,7 +51,8 @@ def _add_runs(
             tl.store(parts + part.to(tl.int64) * width + column, total, inside)
         else:
             target = table + word.to(tl.int64) * width + column
-            tl.store(target, tl.load(target, inside, other=0.0) + total, inside)
+            total += tl.load(target, inside, other=0.0).to(tl.float32)
+            tl.store(target, total.to(table.dtype.element_ty), inside)
         first += count
 
 
@@ -81,18 +84,20 @@ def _add_parts(
                 found = tl.sum(mine.to(tl.int32))
                 follower += ROWS
             target = table + word.to(tl.int64) * width + column
-            tl.store(target, tl.load(target, inside, other=0.0) + total, inside)
+            total += tl.load(target, inside, other=0.0).to(tl.float32)
+            tl.store(target, total.to(table.dtype.element_ty), inside)
 
 
 def add_table_gradient(table: Tensor, d_out: Tensor, ids: Tensor) -> None:
-    """Add the gradient to `table` (words, width) fp32; d_out (tokens, width), ids (tokens,)."""
+    """Add the gradient to `table` (words, width), which rounds; d_out (tokens, width), ids (tokens,)."""
     num_rows, width = d_out.shape
     if num_rows == 0:
         return
     ordered, order = ids.int().sort(stable=True)
-    blocks = triton.cdiv(num_rows, BLOCK)
+    block = min(BLOCK, triton.next_power_of_2(triton.cdiv(num_rows, BLOCKS)))
+    blocks = triton.cdiv(num_rows, block)
     parts = torch.empty(2 * blocks, width, device=d_out.device, dtype=torch.float32)
-    sizes = (width, triton.next_power_of_2(width), BLOCK, ROWS)
+    sizes = (width, triton.next_power_of_2(width), block, ROWS)
     _add_runs[(blocks,)](d_out.contiguous(), order, ordered, table, parts, num_rows, *sizes, num_warps=WARPS)
     _add_parts[(blocks,)](ordered, table, parts, num_rows, *sizes, num_warps=WARPS)
 
@@ -109,9 +114,9 @@ class _Embedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         table = ctx.main_grad
         if table is None:
-            table = torch.zeros(ctx.shape, device=d_out.device, dtype=torch.float32)
+            table = torch.zeros(ctx.shape, device=d_out.device, dtype=ctx.dtype)
         add_table_gradient(table, d_out, ids)
-        return None, table.to(ctx.dtype) if ctx.main_grad is None else None, None
+        return None, table if ctx.main_grad is None else None, None
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mosaicbert_ds.ops.column_sums_triton import add_partials
 from mosaicbert_ds.ops.dropout_triton import draw_seed, drop_threshold, keep_mask, keep_scale
-from mosaicbert_ds.ops.main_grad import main_grads_of, settle
+from mosaicbert_ds.ops.main_grad import main_grads_of, settle, sums_dtype
 
 # As in dropout_layernorm_triton: one warp holds a row, a program walks over many.
 WARPS = 1
@@ -130,7 +131,7 @@ class _LayerNormDropout(torch.autograd.Function):
             seed, num_rows, width, drop_threshold(ctx.dropout_p), bias is None,
             triton.next_power_of_2(max(width, 8)), num_warps=WARPS,
         )  # fmt: skip
-        d_weight, d_bias, d_sum = partial.sum(0)
+        d_weight, d_bias, d_sum = add_partials(partial, sums_dtype(ctx.main_grads, weight))
         d_kind = d_x if len(kind) > 1 else d_sum[None].to(kind.dtype)
         return d_x, d_kind, *settle((d_weight, d_bias), ctx.main_grads, (weight, bias)), None, None, None
 

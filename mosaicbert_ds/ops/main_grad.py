@@ -30,6 +30,11 @@ def product(main_grad: Tensor | None, d_out: Tensor, x: Tensor) -> Tensor | None
     return None
 
 
+def sums_dtype(main_grads: Sequence[Tensor | None] | None, weight: Tensor) -> torch.dtype:
+    """Of a vector's gradient, as the kernel that adds it up may round it: `settle` casts it no more."""
+    return weight.dtype if main_grads is None else torch.float32
+
+
 def settle(
     gradients: Sequence[Tensor | None],
     main_grads: Sequence[Tensor | None] | None,

@@ -20,7 +20,7 @@ from mosaicbert_ds.ops import (
     geglu_triton,
     layernorm_dropout_triton,
 )
-from mosaicbert_ds.ops.column_sums_triton import column_sums
+from mosaicbert_ds.ops.column_sums_triton import add_partials, column_sums
 from mosaicbert_ds.ops.dropout_triton import draw_seed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -227,8 +227,10 @@ def test_embedding_norm_has_the_gradients_of_its_parts(norm, kinds, dropout_p):
 
 @pytest.mark.parametrize("words", [1, 3, 40, 500])
 @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 97, 700])
-def test_embedding_adds_each_tokens_gradient_to_its_word(tokens, words):
+@pytest.mark.parametrize("blocks", [1, embedding_triton.BLOCKS], ids=["large blocks", "small blocks"])
+def test_embedding_adds_each_tokens_gradient_to_its_word(monkeypatch, blocks, tokens, words):
     """Runs of one word within a block of places, from one into the next, and over many."""
+    monkeypatch.setattr(embedding_triton, "BLOCKS", blocks)
     ids = (torch.rand(tokens, device=DEVICE) ** 4 * words).long()  # some words often, some never
     table, d_out, total = normal(words, 24), normal(tokens, 24), normal(words, 24)
     expected = torch.zeros(words, 24, dtype=torch.float64, device=DEVICE).index_add(0, ids, d_out.double())
@@ -247,6 +249,14 @@ def test_embedding_adds_each_tokens_gradient_to_its_word(tokens, words):
 def test_column_sums(rows, width):
     x = normal(rows, width)
     torch.testing.assert_close(column_sums(x).double(), x.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("programs", [1, 27, 512, 1056])
+def test_partial_sums_are_added_in_fp32_and_rounded_once(programs):
+    partial = normal(programs, 3, 24)
+    found = add_partials(partial, torch.float32)
+    torch.testing.assert_close(found.double(), partial.double().sum(0), rtol=1e-5, atol=1e-4)
+    assert torch.equal(add_partials(partial, torch.float16), found.half())
 
 
 DTYPES = [torch.float32] + [torch.bfloat16] * torch.cuda.is_available()

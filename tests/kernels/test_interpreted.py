@@ -173,7 +173,7 @@ def test_columns_that_are_known_to_sum_up_to_zero_are_not_read():
     known = range(300, 850)  # with tiles at both ends that are read in part
     x[:, known.start : known.stop] = float("nan")
     expected[known.start : known.stop] = 0.0
-    torch.testing.assert_close(column_sums(x, known).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(column_sums(x, zeros=known).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
