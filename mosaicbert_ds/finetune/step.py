@@ -79,7 +79,7 @@ class Trainer:
             self._generator = torch.default_generator
 
     def _train_step(self, shape: Shape) -> None:
-        """One step on the buffer of `shape`. Never waits for the device and allocates nothing that stays."""
+        """One step on the buffer of `shape`. Captured, it waits for nothing and owns no memory of its own."""
         inputs = views(self._buffers[shape], shape, self._is_regression)
         loss = loss_of(self._forward(inputs, shape), inputs.labels)
         # On this thread, whose capture it is, and not on autograd's own.

@@ -13,6 +13,7 @@ Source: https://arxiv.org/abs/1711.05101, as torch.optim.AdamW reads it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -66,43 +67,30 @@ def _adamw(
     place = first + tl.arange(0, BLOCK)
     # Only of a whole block does the compiler know that it may be moved 16 bytes at a time.
     if first + BLOCK <= size:
-        _update(
-            gradient, master, exp_avg, exp_avg_sq, weight, factors, place, None, BETA1, BETA2, EPS
-        )  # fmt: skip
+        _update(gradient, master, exp_avg, exp_avg_sq, weight, factors, place, None, BETA1, BETA2, EPS)
     else:
-        _update(
-            gradient, master, exp_avg, exp_avg_sq, weight, factors, place, place < size, BETA1, BETA2, EPS
-        )  # fmt: skip
+        inside = place < size
+        _update(gradient, master, exp_avg, exp_avg_sq, weight, factors, place, inside, BETA1, BETA2, EPS)
 
 
 class AdamW(reference.AdamW):
     """`reference.AdamW` defines it."""
 
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        masters: Sequence[Tensor],
-        rates: Sequence[float],
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        super().__init__(weights, masters, rates, betas, eps, weight_decay)
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
         device = self._rates.device
-        sizes = torch.tensor([master.numel() for master in masters])
+        sizes = torch.tensor([master.numel() for master in self.masters])
         blocks = (sizes + BLOCK - 1) // BLOCK
         owners = torch.arange(len(sizes)).repeat_interleave(blocks)
         in_tensor = torch.arange(len(owners)) - (blocks.cumsum(0) - blocks)[owners]
         self._owners, self._blocks, self._sizes = (x.int().to(device) for x in (owners, in_tensor, sizes))
         columns = (self.masters, self.exp_avg, self.exp_avg_sq, self.weights)
-        assert all(x.is_contiguous() and x is _aligned(x) for column in columns for x in column)
+        assert all(x.data_ptr() == _aligned(x).data_ptr() for column in columns for x in column)
         self._tables = torch.stack([_addresses(column) for column in columns]).to(device)
-        lr = torch.tensor(rates, dtype=torch.float64)
-        steps = torch.arange(1, len(rates) + 1, dtype=torch.float64)
-        corrections = [1 - beta**steps for beta in betas]
-        # (steps, 3)
-        factors = torch.stack([lr * weight_decay, lr / corrections[0], corrections[1].rsqrt()], 1)
-        self._factors = factors.float().to(device)
+        lr, steps = self._rates.double(), torch.arange(1, len(self._rates) + 1, device=device).double()
+        corrections = [1 - beta**steps for beta in self._betas]
+        factors = (lr * self._weight_decay, lr / corrections[0], corrections[1].rsqrt())
+        self._factors = torch.stack(factors, 1).float()  # (steps, 3)
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._captured: list[Tensor] = []
 
