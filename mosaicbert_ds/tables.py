@@ -40,5 +40,11 @@ def table(rows: Sequence[Any]) -> str:
     )
 
 
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def _cell(value: Any, form: str) -> str:
     return "-" if value is None else format(value, form)

@@ -65,7 +65,7 @@ def products_of(model: ModelConfig, tokens: int, masked: int) -> list[Product]:
     if model.architecture != "mosaicbert":
         raise ConfigError(f"bench limit knows the products of mosaicbert, not of {model.architecture}")
     hidden, wide, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    narrow = max(model.masked_only_layers, 1)
+    narrow = model.num_narrow_layers
     full_and_narrow = (layers - narrow, narrow)
     linears = [  # name, width out, width in, how often on all tokens, how often on the targets alone
         ("queries, keys, values", 3 * hidden, hidden, layers - narrow, 0),

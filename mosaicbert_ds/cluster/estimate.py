@@ -143,7 +143,7 @@ def matrix_flops(model: ModelConfig, length: int, fill: float, mask_rate: float)
     """
     hidden, wide, layers = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     unpadded = model.architecture == "mosaicbert"
-    narrow = max(model.masked_only_layers, 1) if unpadded else 0
+    narrow = model.num_narrow_layers
     tokens = length * (fill if unpadded else 1.0)
     masked = length * fill * mask_rate
     attention = hidden**2 + 2 * tokens * hidden  # queries; scores and values against a sample
@@ -267,7 +267,7 @@ def memory_bytes(
     keys_values = 2 * model.hidden_size
     if model.activation_checkpointing:
         kept, keys_values = model.hidden_size, 0
-    narrow = max(model.masked_only_layers, 1) if unpadded else 0
+    narrow = model.num_narrow_layers
     activations = tokens * ((model.num_hidden_layers - narrow) * kept + narrow * keys_values)
     activations += masked * (narrow * (kept - keys_values) + 2 * model.vocab_size)
     return state + element * activations

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mosaicbert_ds import tables
 from mosaicbert_ds.data.files import write_durably
 from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mosaicbert_ds.finetune.config import FinetuneConfig
@@ -115,18 +116,15 @@ def pareto(
     names = [run.resolve().name for _, run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"runs {', '.join(names)} share a name; rename their folders")
-    steps = [saved_steps(run / "checkpoints")[::-1] for _, run in runs]
-    for (_, run), folders in zip(runs, steps, strict=True):
+    todo = []
+    for (curve, run), name in zip(runs, names, strict=True):
+        folders = saved_steps(run / "checkpoints")[::-1]
         if not folders:
             raise CheckpointError(f"{run} holds no checkpoint; give a run's folder")
+        todo += [(curve, name, folder) for folder in folders]
     if points:
         _write(points.values(), out)
     complaints = []
-    todo = [
-        (curve, name, folder)
-        for (curve, _), name, folders in zip(runs, names, steps, strict=True)
-        for folder in folders
-    ]
     for curve, name, folder in todo:
         say(f"{name} {folder.name}")
         try:
@@ -214,15 +212,15 @@ def markdown(points: Sequence[Point]) -> str:
     tasks = [task for task in GLUE if any(task in point.by_task for point in points)]
     unit, factor = _unit(points)
     titles = ["model", f"GPU-{unit}", "$", "samples", *(GLUE[task].title for task in tasks), "mean"]
-    lines = [titles, ["---"] * len(titles)]
+    rows = []
     for point in points:
         cost = "" if point.dollars is None else f"{point.dollars:,.2f}"
         scores = [_said(point.by_task[task]) if task in point.by_task else "" for task in tasks]
         mean = f"**{point.score:.1f}** ({point.low:.1f} to {point.high:.1f})"
-        lines.append(
+        rows.append(
             [point.curve, f"{factor * point.gpu_hours:,.1f}", cost, f"{point.samples:,}", *scores, mean]
         )
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return tables.markdown(titles, rows)
 
 
 def _said(score: TaskScore) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from mosaicbert_ds import tables
 from mosaicbert_ds.data.files import write_durably
 from mosaicbert_ds.finetune.plan import Job
 from mosaicbert_ds.finetune.run import Outcome
@@ -137,7 +138,7 @@ def _row_notes(tasks: Mapping[str, Task], rows: Mapping[str, Mapping[str, SplitR
 def table(results: Mapping[str, Any]) -> str:
     """The results as a Markdown table with its notes."""
     titles = ["task", "metric", "mean", "std", "n", "95 % interval", "published MosaicBERT-Base"]
-    lines = [titles, ["---"] * len(titles)]
+    lines: list[list[str]] = []
     for row in results["tasks"].values():
         several = len(row["metrics"]) > 1
         end = [_interval(row), _number(row["published"])]
@@ -156,10 +157,10 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(
             [f"**{name}**", "", f"**{average['score']:.2f}**", "", "", _interval(average), published]
         )
-    if not any(line[-1] for line in lines[2:]):  # tasks of your own
-        lines = [line[:-1] for line in lines]
-    text = [f"Model: {results['model']}", "", *(f"| {' | '.join(line)} |" for line in lines), ""]
-    return "\n".join([*text, *(f"- {note}" for note in [*results["notes"], _INTERVALS])]) + "\n"
+    if not any(line[-1] for line in lines):  # tasks of your own
+        titles, lines = titles[:-1], [line[:-1] for line in lines]
+    notes = "".join(f"- {note}\n" for note in [*results["notes"], _INTERVALS])
+    return f"Model: {results['model']}\n\n{tables.markdown(titles, lines)}\n{notes}"
 
 
 def _number(value: float | None) -> str:

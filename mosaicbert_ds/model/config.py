@@ -37,6 +37,11 @@ class ModelConfig:
     masked_only_layers: Annotated[int, Field(ge=0)] = 0  # NarrowBERT's, at the end; 0 and 1 are the same
     activation_checkpointing: bool = False  # recompute each layer in the backward pass: less memory, slower
 
+    @property
+    def num_narrow_layers(self) -> int:
+        """Layers that compute only what is read, but for keys and values: mosaicbert's last is always one."""
+        return max(self.masked_only_layers, 1) if self.architecture == "mosaicbert" else 0
+
     def __post_init__(self) -> None:
         for key, published in _MOSAICBERT_ALONE.items():
             if self.architecture == "bert" and getattr(self, key) != published:
