@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.model.config import Rate
 from mosaicbert_ds.training.optimizer import Beta, OptimizerConfig, ScheduleConfig
 from mosaicbert_ds.typed_yaml import from_tree, merge, parse_overrides, read_yaml, recipe_part
 
@@ -39,6 +40,7 @@ class FinetuneConfig:
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     schedule: ScheduleConfig = ScheduleConfig(warmup=0.06, final_lr_fraction=0.0)
+    hidden_dropout: Rate | None = None  # None: the model's own
     shuffle: bool = True
     sort_window: Annotated[int, Field(ge=1, le=10_000)] = 16
     precision: Literal["auto", "bf16", "fp32"] = "auto"

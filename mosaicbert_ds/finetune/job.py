@@ -105,7 +105,7 @@ def run_job(spec: JobSpec, device: torch.device, asked_to_stop: Callable[[], boo
         torch.cuda.set_device(device)
     job, task = spec.job, spec.task
     splits = {name: open_split(folder) for name, folder in spec.splits.items()}
-    model = load_classifier(spec.start, task, job.seed, device)
+    model = load_classifier(spec.start, task, job.seed, device, spec.config.hidden_dropout)
     schedule, peak = spec.config.schedule, spec.config.tasks[job.task].peak_lr
     trainer = Trainer(
         model,

@@ -162,13 +162,21 @@ class UnpaddedBertForSequenceClassification(BertForSequenceClassification):
 Classifier = MosaicBertForSequenceClassification | UnpaddedBertForSequenceClassification
 
 
-def load_classifier(folder: Path, task: Task, seed: int, device: torch.device | str = "cpu") -> Classifier:
+def load_classifier(
+    folder: Path,
+    task: Task,
+    seed: int,
+    device: torch.device | str = "cpu",
+    hidden_dropout: float | None = None,
+) -> Classifier:
     """The model in `folder` under a new classifier for `task`, drawn from `seed` on `device`; fp32.
 
-    Encoder and pooler are the folder's; a pooler that it does not have is drawn too. Raises CheckpointError
-    listing what is missing.
+    Encoder and pooler are the folder's; a pooler that it does not have is drawn too. hidden_dropout: None for
+    the folder's. Raises CheckpointError listing what is missing.
     """
     config = _read_config(folder)
+    if hidden_dropout is not None:
+        config.hidden_dropout_prob = hidden_dropout
     config.num_labels = task.num_outputs
     config.problem_type = "regression" if task.is_regression else "single_label_classification"
     if not task.is_regression:

@@ -91,28 +91,30 @@ class AdamW(reference.AdamW):
         corrections = [1 - beta**steps for beta in self._betas]
         factors = (lr * self._weight_decay, lr / corrections[0], corrections[1].rsqrt())
         self._factors = torch.stack(factors, 1).float()  # (steps, 3)
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self._captured: list[Tensor] = []
+        # Not allocated in a capture: what a graph owns, its replay may have written before this kernel reads.
+        self._table = torch.empty(len(sizes), dtype=torch.int64, device=device)
+        self._addresses: Tensor | None = None  # of the capture that `upload` completes
+        self._captured: list[Tensor] = []  # tables that replays read
 
     @torch.no_grad()
     def update(self, gradients: Sequence[Tensor], step: Tensor) -> None:
         gradients = [_aligned(gradient) for gradient in gradients]
         addresses = _addresses(gradients)
         if step.is_cuda and torch.cuda.is_current_stream_capturing():
-            table = torch.empty_like(addresses, device=step.device)
-            self._pending.append((table, addresses))
+            assert self._addresses is None, "one update a capture, and `upload` after it"
+            self._addresses = addresses
         else:
-            table = addresses.to(step.device)
+            self._table.copy_(addresses)
         _adamw[(len(self._owners),)](
-            self._owners, self._blocks, self._sizes, self._tables, table, self._factors, step,
+            self._owners, self._blocks, self._sizes, self._tables, self._table, self._factors, step,
             self.masters[0], self.weights[0], len(gradients), *self._betas, self._eps, BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
     def upload(self) -> None:
-        while self._pending:
-            table, addresses = self._pending.pop()
-            table.copy_(addresses)
-            self._captured.append(table)  # for the replays
+        if self._addresses is not None:
+            self._table.copy_(self._addresses)
+            self._captured.append(self._table)
+            self._table, self._addresses = torch.empty_like(self._table), None
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -194,6 +194,19 @@ def test_a_classifier_takes_encoder_and_pooler_and_draws_its_head_from_the_seed(
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
 
 
+@pytest.mark.parametrize("architecture", ["mosaicbert", "bert"])
+def test_the_recipe_sets_the_dropout_of_a_model_that_was_pretrained_without(
+    models: dict[str, Path], architecture: str
+) -> None:
+    ids = torch.arange(5, 25).view(1, 20)
+    for rate in (None, 0.3):
+        model = load_classifier(models[architecture], GLUE["rte"], seed=1, hidden_dropout=rate).train()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        once, again = (model(**inputs) for _ in range(2))
+        assert torch.equal(once.logits, again.logits) == (rate is None)
+        assert model.config.hidden_dropout_prob == (rate or 0.0)
+
+
 def test_a_folder_that_is_no_whole_model_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no model; give a run"):
         find_pretrained(tmp_path, tmp_path)
