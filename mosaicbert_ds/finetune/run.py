@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.finetune.claim import Claim, Watch
 from mosaicbert_ds.finetune.job import JobSpec, cuda_is_lost, run_in_process, write_failure
-from mosaicbert_ds.training.faults import EXIT_STOPPED
+from mosaicbert_ds.training.faults import EXIT_STOPPED, signals_held
 
 _POLL_S = 0.2
 _ATTEMPTS = 2  # for a job whose process is killed: once may be bad luck
@@ -91,7 +92,7 @@ class Queue:
         if outcome is None:
             return False
         self._outcomes[name] = outcome
-        told = f"{outcome.result['seconds']:.0f} s" if outcome.result else outcome.reason
+        told = _news(outcome.result) if outcome.result else outcome.reason
         self.say(f"[{len(self._outcomes)}/{len(self.specs)}] {name}: {told}")
         return True
 
@@ -146,15 +147,31 @@ class Queue:
 def _process_context() -> ForkServerContext | SpawnContext:
     """How jobs start: forked from a server that has imported everything, which would else take them seconds.
 
+    A signal to stop may go to all processes at once, as a scheduler's does. The server holds it off, else the
+    queue would lose its jobs; a job takes it once it can (`StopRequest`).
+
     A process may not be forked once its CUDA driver is up, and a library that looks for GPUs while it is
     imported may start it. NVML answers most of them without; where it does not, jobs import for themselves.
     """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([run_in_process.__module__])
-    with ProcessPoolExecutor(1, mp_context=server) as pool:
+    resource_tracker.ensure_running()  # whose start would let the signals in again
+    with signals_held(), ProcessPoolExecutor(1, mp_context=server) as pool:
         is_unusable = pool.submit(cuda_is_lost).result()
     return multiprocessing.get_context("spawn") if is_unusable else server
+
+
+def _news(result: dict) -> str:
+    """A finished job's scores and time, on one line."""
+    several = len(result["metrics"]) > 1
+    scores = [
+        f"{metric}{f' ({split})' if several else ''} "
+        + (f"{100 * value:.1f}" if isinstance(value, float) else f"none, since {value}")
+        for split, values in result["metrics"].items()
+        for metric, value in values.items()
+    ]
+    return f"{', '.join(scores)}; {result['seconds']:.0f} s"
 
 
 def _failure_of(spec: JobSpec) -> Path:

@@ -4,8 +4,10 @@ The signal only sets a flag. The loop looks at it together with the other ranks 
 logging window, saves a checkpoint and ends with `EXIT_STOPPED`; the same command goes on from there.
 """
 
+import contextlib
 import faulthandler
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 EXIT_USER_ERROR = 2
@@ -19,6 +21,17 @@ def show_stack_on_request() -> None:
     faulthandler.register(signal.SIGUSR2)
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals to stop wait meanwhile, and do so for good in processes that are started in here, until one of
+    them makes a `StopRequest`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class StopRequest:
     """True once this process has been asked to stop."""
 
@@ -26,6 +39,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         for number in _SIGNALS:
             signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def __bool__(self) -> bool:
         return self.signal is not None

@@ -272,11 +272,17 @@ def test_a_dead_rank_is_named_whether_we_see_it_before_or_after_its_launcher(
     with subprocess.Popen(command, stdout=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None and launcher.stdout.readline()
         ranks = Ranks({"job": "none"}, launcher)
-        ranks.look()
-        assert ranks.pids.keys() == {0, 1} and ranks.failure() is None
-        os.kill(ranks.pids[1], signal.SIGKILL)
-        time.sleep(we_look_after_s)
-        ranks.wait(5)
-        assert ranks.failure() == (-signal.SIGKILL, 1)
-        ranks.signal(signal.SIGKILL)
-        launcher.kill()
+        for _ in range(100):  # a process that has just begun has no environment yet
+            ranks.look()
+            if len(ranks.pids) == 2:
+                break
+            time.sleep(0.05)
+        try:
+            assert ranks.pids.keys() == {0, 1} and ranks.failure() is None
+            os.kill(ranks.pids[1], signal.SIGKILL)
+            time.sleep(we_look_after_s)
+            ranks.wait(5)
+            assert ranks.failure() == (-signal.SIGKILL, 1)
+        finally:
+            ranks.signal(signal.SIGKILL)
+            launcher.kill()

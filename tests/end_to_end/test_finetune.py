@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -75,8 +76,8 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_the_suite_killed_and_stopped_in_the_middle_gives_what_an_undisturbed_one_gives(
     model: Path, tmp_path: Path
 ) -> None:
-    """Eight tasks, two seeds, staged. SIGKILL hits the queue, its server and its jobs alike; SIGTERM, as a
-    scheduler sends it, the queue, which passes it on."""
+    """Eight tasks, two seeds, staged. SIGKILL hits the queue, its server and its jobs alike; SIGTERM too,
+    as a scheduler sends it."""
     arguments = ("--seeds", "1", "2", "--set", *SHORT)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(glue(model, whole, *arguments), check=True, capture_output=True, timeout=600)
@@ -89,16 +90,15 @@ def test_the_suite_killed_and_stopped_in_the_middle_gives_what_an_undisturbed_on
         return len(list(killed.glob("jobs/*/result.json"))) >= 8
 
     for moment, number in ((is_mid_job, signal.SIGKILL), (half_is_done, signal.SIGTERM)):
-        process = subprocess.Popen(again, start_new_session=True, stdout=subprocess.DEVNULL)
+        said = (tmp_path / "said.txt").open("w")
+        process = subprocess.Popen(again, start_new_session=True, stdout=said)
         while not moment():
             assert process.poll() is None, "it ended before the moment came"
             time.sleep(0.01)
-        if number == signal.SIGKILL:
-            os.killpg(process.pid, number)
-            assert process.wait() == -number
-        else:
-            process.send_signal(number)
-            assert process.wait() == EXIT_STOPPED
+        os.killpg(process.pid, number)
+        assert process.wait() == (-number if number == signal.SIGKILL else EXIT_STOPPED)
+    assert "ended" not in (lines := (tmp_path / "said.txt").read_text()) and "killed" not in lines
+    assert re.search(r"mnli-.*: accuracy [0-9.]+; [0-9]+ s\n", lines)
     finished = {path: path.stat().st_mtime_ns for path in killed.glob("jobs/*/result.json")}
     assert 8 <= len(finished) < 16
     assert not (killed / "results.json").exists()
