@@ -643,7 +643,10 @@ def _command(
     run: Callable[[argparse.Namespace], int | None],
     text: str,
 ) -> argparse.ArgumentParser:
-    command = group.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    # No abbreviations: commands that run again on hosts look for their options by name.
+    command = group.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
     command.set_defaults(run=run)
     return command
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 
 from mosaicbert_ds import cli
 from mosaicbert_ds.data.tokenizer import train_tokenizer
-from mosaicbert_ds.errors import TrainingError
+from mosaicbert_ds.errors import CheckpointError, ConfigError, TrainingError
 from mosaicbert_ds.finetune import job as job_module
 from mosaicbert_ds.finetune.batches import epoch_batches
 from mosaicbert_ds.finetune.config import load_finetune_recipe
@@ -160,6 +161,20 @@ def test_a_failed_job_is_reported_and_the_rest_goes_on(model: Path, tmp_path: Pa
     assert (tmp_path / "results.md").read_text().count("| RTE |") == 1
 
 
+def test_a_damaged_model_is_said_once_and_starts_no_job(model: Path, tmp_path: Path) -> None:
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    shutil.copytree(model, damaged)
+    weights = safetensors.numpy.load_file(damaged / "model.safetensors")
+    del weights["bert.encoder.layer.0.mlp.wo.weight"]
+    safetensors.numpy.save_file(weights, damaged / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing bert\.encoder\.layer\.0\.mlp\.wo\.weight"):
+        _finetune(damaged, out, glue_files(SAMPLES / "glue", ["mnli", "rte"]), [])
+    assert not list(out.glob("jobs/*"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out .*file cannot be made: Not a directory"):
+        _finetune(model, tmp_path / "file", {}, [])
+
+
 def test_the_staged_start_is_the_finished_runs_encoder_and_pooler(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +233,10 @@ def test_a_task_of_ones_own_is_scored_and_its_model_kept(model: Path, tmp_path: 
     assert cli.main(["finetune", "task", *map(str, arguments)]) == 0
     assert "| task | macro F1 (test) |" in capsys.readouterr().out
     (kept,) = (tmp_path / "out").glob("jobs/*/model")
+    changed_ns = kept.stat().st_mtime_ns
+    arguments[arguments.index("macro_f1")] = "matthews"  # asked for later, of the answers that are there
+    assert cli.main(["finetune", "task", *map(str, arguments)]) == 0
+    assert "| task | Matthews (test) |" in capsys.readouterr().out and kept.stat().st_mtime_ns == changed_ns
     classifier = AutoModelForSequenceClassification.from_pretrained(kept, trust_remote_code=True)
     labels = {json.loads(line)["label"] for line in (data / "train.jsonl").read_text().splitlines()}
     assert set(classifier.config.id2label.values()) == labels
@@ -272,6 +291,8 @@ def test_a_hostfile_runs_the_command_on_its_hosts_with_its_arguments_whole(
     assert cli.main([*arguments, "--hostfile", str(tmp_path / "hostfile"), "--gpus", "7"]) == 0
     assert sorted((tmp_path / "hosts").read_text().split()) == ["node0", "node1"]
     assert (out / "results.md").exists() and len(list(out.glob("jobs/*/log.txt"))) == 2
+    with pytest.raises(SystemExit):  # each host would else start it on all hosts
+        cli.main([*arguments, "--hostf", str(tmp_path / "hostfile")])
     for text in ("-oProxyCommand=x slots=1\n", "a slots=0\n", "a\n", "a slots=1\na slots=1\n", "\n"):
         (tmp_path / "bad").write_text(text)
         assert cli.main([*arguments, "--hostfile", str(tmp_path / "bad")]) == 2
