@@ -13,7 +13,8 @@ from mosaicbert_ds.typed_yaml import from_tree, merge, parse_overrides, read_yam
 RECIPES = Path(__file__).parents[1] / "recipes" / "finetune"
 PRETRAINED = "pretrained"  # what a task starts from that starts from no other task
 
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+LARGEST_SEED = (1 << 32) - 1
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
 @recipe_part

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from mosaicbert_ds.finetune.tasks import Task
 
 FORMAT_VERSION = 1
 FORMATS = (".tsv", ".csv", ".jsonl")
+_LABELS_SAID = 10  # of a message: more are no help to a reader
 _ROWS_A_BATCH = 10_000  # tokenised at a time: bounds the memory of the library's objects
 
 
@@ -52,7 +54,7 @@ def read_split(task: Task, path: Path, labelled: bool) -> Rows:
     # Only a task's labelled files come without header: the test files of CoLA have one.
     for line, row in _records(path, wanted, task.header if labelled else ()):
         if isinstance(row, str):
-            if not task.may_be_broken:
+            if not (task.may_be_broken and labelled):  # a test row left out would move the answers below it
                 raise DataError(f"{path}:{line}: {row}; mend or remove the row")
             num_broken += 1
             continue
@@ -70,10 +72,13 @@ def labels_in(path: Path, column: str) -> tuple[str, ...]:
     for line, row in _records(path, (column,), ()):
         if isinstance(row, str):
             raise DataError(f"{path}:{line}: {row}; mend or remove the row")
+        if not row[column]:
+            raise DataError(f"{path}:{line}: no label in column '{column}'; mend or remove the row")
         found.add(row[column])
     if len(found) < 2:
         raise DataError(
-            f"{path}: column '{column}' holds {len(found)} different labels; a classification has two or more"
+            f"{path}: column '{column}' holds {f'only {found.pop()}' if found else 'no label'}; "
+            "a classification has two labels or more"
         )
     return tuple(sorted(found))
 
@@ -81,7 +86,10 @@ def labels_in(path: Path, column: str) -> tuple[str, ...]:
 def _label(task: Task, text: str, where: str) -> float:
     if not task.is_regression:
         if text not in task.labels:
-            raise DataError(f"{where}: label '{text}' is unknown; allowed are {', '.join(task.labels)}")
+            some = ", ".join(task.labels[:_LABELS_SAID])
+            more = len(task.labels) - _LABELS_SAID
+            end = f" and {more:,} more; numbers need --kind regression" if more > 0 else ""
+            raise DataError(f"{where}: label '{text}' is unknown; allowed are {some}{end}")
         return task.labels.index(text)
     low, high = task.label_range or (-math.inf, math.inf)
     try:
@@ -119,6 +127,8 @@ def _records(
         raise DataError(
             f"{path}:1: no column '{missing[0]}' in the header; its columns are {', '.join(header) or 'none'}"
         )
+    if twice := [column for column in columns if header.count(column) > 1]:
+        raise DataError(f"{path}:1: two columns are named '{twice[0]}'; rename one")
     places = [header.index(column) for column in columns]
     for line, fields in rows:
         if len(fields) != len(header):
@@ -138,6 +148,7 @@ def _tsv_rows(text: str) -> Iterator[tuple[int, list[str]]]:
 
 def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
     """RFC 4180: fields in quotes may hold commas, quotes and line breaks."""
+    csv.field_size_limit(sys.maxsize)  # the process's; unasked 131,072 characters, and articles are longer
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
@@ -162,12 +173,23 @@ def _json_records(text: str, columns: tuple[str, ...]) -> Iterator[tuple[int, di
         missing = [column for column in columns if not isinstance(row.get(column), str | int | float)]
         if missing:
             yield number, f"no text or number in field '{missing[0]}'"
-        else:
-            yield number, {column: _as_text(row[column]) for column in columns}
+            continue
+        texts = {column: _as_text(row[column]) for column in columns}
+        halves = [column for column, value in texts.items() if _has_half_a_pair(value)]
+        yield number, f"half a surrogate pair in field '{halves[0]}'" if halves else texts
 
 
 def _as_text(value: str | int | float) -> str:
     return value if isinstance(value, str) else json.dumps(value)  # true is "true", 1.0 is "1.0"
+
+
+def _has_half_a_pair(text: str) -> bool:
+    """Whether JSON's escapes spell half a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 # ---- tokenising
@@ -199,7 +221,7 @@ _ARRAYS = ("tokens", "offsets", "second", "labels")
 def cache_key(task: Task, path: Path, labelled: bool, tokenizer_sha256: str, max_length: int) -> str:
     """Hash of everything that decides what `encode_split` writes. Raises DataError without the file."""
     if not path.is_file():
-        raise DataError(f"{path} does not exist; it is the {task.title} file that this task needs")
+        raise DataError(f"{path} is no file; give the path of one")
     facts = {
         "format": FORMAT_VERSION,
         "file": sha256_of(path),

@@ -86,7 +86,8 @@ def run_in_process(spec: JobSpec, claim: Claim, device: str, num_threads: int) -
         code = 0 if run_job(spec, torch.device(device), lambda: bool(stop)) else EXIT_STOPPED
     except BaseException as error:
         traceback.print_exc()
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        is_told = isinstance(error, UserError)  # in whole; of anything else the first line
+        reason = " ".join(str(error).split()) if is_told else f"{type(error).__name__}: {error}"
         write_failure(spec.work, reason)
         code = EXIT_USER_ERROR if isinstance(error, UserError) else 1
     sys.exit(code)

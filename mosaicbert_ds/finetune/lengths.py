@@ -18,10 +18,10 @@ from mosaicbert_ds.data.config import EVALUATION_MASK_RATE
 from mosaicbert_ds.data.files import write_durably
 from mosaicbert_ds.data.loader import EVALUATION_SEED
 from mosaicbert_ds.data.masking import mask_tokens, sample_keys
-from mosaicbert_ds.data.sources import Document, find_pieces, read_piece
+from mosaicbert_ds.data.sources import BadInput, find_pieces, read_piece
 from mosaicbert_ds.data.tokenizer import LoadedTokenizer
 from mosaicbert_ds.errors import ConfigError, DataError
-from mosaicbert_ds.finetune.models import find_pretrained, load_masked_lm
+from mosaicbert_ds.finetune.models import check_fits, find_pretrained, load_masked_lm
 
 _BINS = 16  # positions are averaged in so many equal parts of a length
 _BATCH_TOKENS = 16_384
@@ -60,6 +60,7 @@ def evaluate_lengths(
         if limit is not None and length > limit:
             raise ConfigError(f"length {length} is over the {limit} positions of {model}; leave it out")
     tokenizer = pretrained.tokenizer(out / "models")
+    check_fits(pretrained, tokenizer, longest)
     stream = _long_text(sources, tokenizer, longest, text_field, max_tokens)
     pretrained.prepare()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,13 +81,10 @@ def _long_text(
 ) -> np.ndarray:
     """(pieces, longest) int64: ordinary tokens of the documents that are long enough."""
     pieces: list[np.ndarray] = []
-    documents = (
-        item
-        for piece in find_pieces(list(sources)).pieces
-        for item in read_piece(piece, text_field)
-        if isinstance(item, Document)
-    )
-    for document in documents:
+    items = (item for piece in find_pieces(sources).pieces for item in read_piece(piece, text_field))
+    for document in items:
+        if isinstance(document, BadInput):
+            raise DataError(f"{document.message}; mend it")
         ids = np.array(tokenizer.encode([document.text])[0], np.int64)
         whole = len(ids) // longest * longest
         pieces += [*ids[:whole].reshape(-1, longest)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -38,6 +39,10 @@ from mosaicbert_ds.typed_yaml import from_tree
 
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _NEW = ("bert.pooler.", "classifier.")  # what a pretrained model need not have
+_CONFIGS: dict[str, type[MosaicBertConfig] | type[BertConfig]] = {
+    "mosaicbert": MosaicBertConfig,
+    "bert": BertConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -132,11 +137,16 @@ def _read_config(folder: Path) -> MosaicBertConfig | BertConfig:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     kind = facts.get("model_type") if isinstance(facts, dict) else None
-    if kind == "mosaicbert":
-        return MosaicBertConfig.from_pretrained(folder)
-    if kind == "bert":
-        return BertConfig.from_pretrained(folder)
-    raise CheckpointError(f"{path}: model_type is {kind!r}; allowed are mosaicbert and bert")
+    if kind not in _CONFIGS:
+        raise CheckpointError(f"{path}: model_type is {kind!r}; allowed are {' and '.join(_CONFIGS)}")
+    # transformers would hide later tokens from earlier ones, and drop relative positions without a word.
+    for key, allowed in (("is_decoder", False), ("position_embedding_type", "absolute")):
+        if facts.get(key) not in (None, allowed):
+            raise CheckpointError(f"{path}: {key} is {facts[key]!r}; the only BERT here has {allowed!r}")
+    try:
+        return _CONFIGS[kind].from_pretrained(folder)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no {kind} model's: {' '.join(str(error).split())}") from None
 
 
 # ---- the classifier
@@ -155,7 +165,7 @@ class UnpaddedBertForSequenceClassification(BertForSequenceClassification):
         token, filled = token_of_slot(cu_seqlens, max_seqlen)  # (sequences, max_seqlen)
         # In four dimensions, and no row all hidden: see model/hf_bert.py.
         mask = (filled | ~filled[:, :1])[:, None, None, :]
-        padded = {name: values[token] for name, values in kwargs.items()}
+        padded = {name: values[token] for name, values in kwargs.items() if values is not None}
         return super().forward(attention_mask=mask, **padded).logits
 
 
@@ -241,10 +251,14 @@ def _from_pretrained(cls: type[PreTrainedModel], folder: Path) -> tuple[Any, set
     """The model, and the names of parameters that the folder does not have."""
     with _quiet_transformers():
         try:
-            loaded: Any = cls.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+            loaded: Any = cls.from_pretrained(
+                folder, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True
+            )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from None
     model, info = loaded
+    for name, given, wanted in sorted(info["mismatched_keys"]):
+        raise CheckpointError(f"{folder}: {name} has shape {tuple(given)}, not {tuple(wanted)}")
     return model, set(info["missing_keys"])
 
 

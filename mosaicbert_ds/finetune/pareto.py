@@ -111,8 +111,21 @@ def pareto(
     jobs have failed, after what has a score is written.
     """
     before = [run / _TABLE for _, run in runs if (run / _TABLE).is_file()]
-    points = {(point.run, point.step): point for table in before for point in _read(table)}
+    points: dict[tuple[str, str, int], Point] = {}
+    for table in before:
+        for point in _read(table):
+            if points.setdefault(_name(point), point) != point:
+                raise ConfigError(
+                    f"{table} has another score of {point.run} step {point.step}, curve {point.curve}, than "
+                    "the table before it; leave one out, or give its curve another name in the file"
+                )
     runs = [(curve, run) for curve, run in runs if run / _TABLE not in before]
+    scored = [set(point.by_task) for point in points.values()] + ([set(config.tasks)] if runs else [])
+    if other := next((tasks for tasks in scored if tasks != scored[0]), None):
+        one, two = (" ".join(task for task in GLUE if task in tasks) for tasks in (scored[0], other))
+        raise ConfigError(
+            f"means of {one} and of {two} do not compare; give --tasks {one}, or another --out of before"
+        )
     names = [run.resolve().name for _, run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"runs {', '.join(names)} share a name; rename their folders")
@@ -140,7 +153,7 @@ def pareto(
             complaints.append(f"{name} {folder.name}: {error}")
             continue
         point = point_of(curve, name, checkpoint, results)
-        points[point.run, point.step] = point
+        points[_name(point)] = point
         _write(points.values(), out)
         # What was needed to start from takes gigabytes a checkpoint; the answers stay.
         shutil.rmtree(pretrained.folder, ignore_errors=True)
@@ -149,6 +162,10 @@ def pareto(
     if complaints:
         raise TrainingError(f"{len(complaints)} checkpoints have no score: " + "; ".join(complaints))
     return _in_order(points.values())
+
+
+def _name(point: Point) -> tuple[str, str, int]:
+    return point.curve, point.run, point.step
 
 
 def _in_order(points: Iterable[Point]) -> list[Point]:
@@ -250,7 +267,7 @@ def plot(points: Sequence[Point], pictures: Sequence[Path]) -> None:
     for panel, (cost, label, scale, published) in zip(axes, costs, strict=True):
         for (name, (hours, scores)), style in zip(PUBLISHED.items(), ("--", ":"), strict=True):
             xs = [scale * published * h for h in hours]
-            panel.plot(xs, scores, style, color="0.4", label=f"{name} (8 A100)")
+            panel.plot(xs, scores, style, color="0.4", label=f"{name} (8 A100, 8 tasks)")
         for number, curve in enumerate(dict.fromkeys(point.curve for point in points)):
             mine = [p for p in points if p.curve == curve and getattr(p, cost) is not None]
             below, above = [p.score - p.low for p in mine], [p.high - p.score for p in mine]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mosaicbert_ds.errors import ConfigError
-from mosaicbert_ds.finetune.config import PRETRAINED, FinetuneConfig
+from mosaicbert_ds.finetune.config import LARGEST_SEED, PRETRAINED, FinetuneConfig
 from mosaicbert_ds.finetune.tasks import Task
 from mosaicbert_ds.typed_yaml import to_tree
 
@@ -53,8 +53,11 @@ def choose_tasks(
         if from_pretrained:
             row = dataclasses.replace(row, starts_from=PRETRAINED)
         if seeds:
+            said = f"--seeds {' '.join(map(str, seeds))}"
             if len(set(seeds)) < len(seeds):
-                raise ConfigError(f"--seeds {' '.join(map(str, seeds))} name one twice; each is one job")
+                raise ConfigError(f"{said} name one twice; each is one job")
+            if not all(0 <= seed <= LARGEST_SEED for seed in seeds):
+                raise ConfigError(f"{said} are not all whole numbers from 0 to {LARGEST_SEED}")
             row = dataclasses.replace(row, seeds=tuple(seeds))
         chosen[name] = row
     for name, row in chosen.items():

@@ -13,7 +13,14 @@ from mosaicbert_ds import tables
 from mosaicbert_ds.data.files import write_durably
 from mosaicbert_ds.finetune.plan import Job
 from mosaicbert_ds.finetune.run import Outcome
-from mosaicbert_ds.finetune.score import Answers, bootstrap, interval, predictions_of, task_score
+from mosaicbert_ds.finetune.score import (
+    METRICS,
+    Answers,
+    bootstrap,
+    interval,
+    predictions_of,
+    task_score,
+)
 from mosaicbert_ds.finetune.tasks import GLUE, GLUE_PUBLISHED_AVERAGE, Task
 
 _BOOTSTRAP_SEED = 0  # the same answers get the same interval
@@ -66,8 +73,9 @@ def summarise(
         for split in runs[0]:
             for metric in task.metrics:
                 values = []
-                for job in done:
-                    value = outcomes[job.name].result["metrics"][split][metric]  # type: ignore[index]
+                for job, run in zip(done, runs, strict=True):
+                    # Of the answers: the job may be of before, when other metrics were asked for.
+                    value = METRICS[metric](run[split].predictions, run[split].labels)
                     if isinstance(value, str):
                         where = f"{task.title} {split}, seed {job.seed}"
                         notes.append(f"{where}: no {_NAMES[metric]}, since {value}; counted as 0")

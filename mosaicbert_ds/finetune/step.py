@@ -54,6 +54,7 @@ class Trainer:
     ) -> None:
         self._model = model.to(device)
         self._device, self._is_regression, self._seed = device, is_regression, seed
+        self._knows_pairs = model.config.type_vocab_size > 1  # else both texts are of the only type
         self._names = [name for name, _ in model.named_parameters()]
         self._compute = list(model.parameters())
         masters = self._compute
@@ -92,7 +93,7 @@ class Trainer:
     def _forward(self, inputs: Inputs, shape: Shape) -> Tensor:
         return self._model(
             input_ids=inputs.input_ids,
-            token_type_ids=inputs.token_type_ids,
+            token_type_ids=inputs.token_type_ids if self._knows_pairs else None,
             cu_seqlens=inputs.cu_seqlens,
             max_seqlen=shape.longest,
         )

@@ -23,7 +23,7 @@ from mosaicbert_ds.finetune.config import FinetuneConfig, load_finetune_recipe
 from mosaicbert_ds.finetune.dataset import encode_split, labels_in, open_split
 from mosaicbert_ds.finetune.hub import fetch_glue
 from mosaicbert_ds.finetune.job import JobSpec
-from mosaicbert_ds.finetune.models import Pretrained, check_fits, find_pretrained
+from mosaicbert_ds.finetune.models import Pretrained, check_fits, find_pretrained, load_classifier
 from mosaicbert_ds.finetune.plan import Job, TaskData, choose_tasks, plan_jobs
 from mosaicbert_ds.finetune.report import SplitRows, summarise, table, write_report, write_submission
 from mosaicbert_ds.finetune.run import Queue, choose_slots
@@ -87,7 +87,10 @@ def finetune(
     started_s = time.perf_counter()
     slots = choose_slots(devices.gpus, devices.jobs_per_gpu, devices.jobs)
     cache, jobs_folder, report = out / "cache", out / "jobs", report or out
-    jobs_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        jobs_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; give another folder") from None
     tokenizer = pretrained.tokenizer(cache)
     check_fits(pretrained, tokenizer, config.max_length)
     precision = config.precision
@@ -124,6 +127,8 @@ def finetune(
     _forget_starts_without_model(jobs, jobs_folder)
     if not all((jobs_folder / job.name).is_dir() for job in jobs):
         pretrained.prepare()
+        if pretrained.checkpoint is None:  # a folder of somebody's: said once, and not by every job
+            load_classifier(pretrained.folder, next(iter(tasks.values())), seed=0)
 
     # -- the jobs
     def spec(job: Job) -> JobSpec:

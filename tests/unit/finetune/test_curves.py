@@ -93,6 +93,27 @@ def test_each_checkpoint_of_a_run_is_scored_once(models: dict[str, Path], tmp_pa
     shutil.rmtree(run)
     assert pareto([named_run(str(out))], again, files, tmp_path / "joined", devices=Devices()) == scored
     assert {p.curve for p in scored} == {"mosaic"} and named_run(f"bert={run}") == ("bert", run)
+    with pytest.raises(
+        ConfigError, match="means of mnli rte and of rte do not compare; give --tasks mnli rte"
+    ):
+        _save(tmp_path / "other", 1, models["tokenizer"])
+        alone = choose_tasks(changed, ["rte"], [1], from_pretrained=True)
+        pareto([named_run(str(out)), ("other", tmp_path / "other")], alone, files, out, devices=Devices())
+    table = (out / "pareto.csv").read_text().splitlines()
+    for curve, joined in (("mosaic", None), ("another", 2 * len(scored))):  # another run of the same name
+        copy = tmp_path / f"of before {curve}"
+        copy.mkdir()
+        rows = [
+            row.replace("mosaic,my run,1,4096", f"{curve},my run,1,9").replace("mosaic", curve)
+            for row in table
+        ]
+        (copy / "pareto.csv").write_text("\n".join(rows) + "\n")
+        both = [named_run(str(out)), named_run(str(copy))]
+        if joined:
+            assert len(pareto(both, again, files, tmp_path / "both", devices=Devices())) == joined
+        else:
+            with pytest.raises(ConfigError, match="has another score of my run step 1, curve mosaic"):
+                pareto(both, again, files, tmp_path / "both", devices=Devices())
     lines = (tmp_path / "joined/pareto.md").read_text().splitlines()
     assert (
         len(lines) == 4 and "| MNLI | RTE |" in lines[0] and lines[3].startswith("| mosaic | 8.0 | 20.00 |")
@@ -163,3 +184,17 @@ def test_a_length_that_cannot_be_is_refused(
         evaluate_lengths(
             models[model], [str(SAMPLES / "pretrain" / "val.jsonl")], lengths, tmp_path, "text", 999
         )
+
+
+def test_text_and_a_tokenizer_that_do_not_belong_to_the_model_are_named(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "a b"}\n{"body": "a b"}\n')
+    with pytest.raises(DataError, match=r"text\.jsonl, line 2: field 'text' is missing"):
+        evaluate_lengths(models["bert"], [str(text)], [32], tmp_path, "text", 999)
+    config = json.loads((models["bert"] / "config.json").read_text()) | {"vocab_size": 500}
+    shutil.copytree(models["bert"], tmp_path / "bert")
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="has 512 ids, the model 500"):
+        evaluate_lengths(tmp_path / "bert", [str(text)], [32], tmp_path, "text", 999)

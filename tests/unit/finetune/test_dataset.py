@@ -56,6 +56,7 @@ BAD = {
     ),
     "a score out of range": (STSB, "sentence1\tsentence2\tscore\nA\tB\t5.1\n", "dev.tsv:2: label '5.1'"),
     "a score that is nan": (STSB, "sentence1\tsentence2\tscore\nA\tB\tnan\n", "dev.tsv:2: label 'nan'"),
+    "a column twice": (RTE, HEADER.replace("index", "label"), "dev.tsv:1: two columns are named 'label'"),
     "CoLA without its columns": (COLA, "x\t1\tA b.\n", "dev.tsv:1: 3 fields, but 4 columns"),
 }
 
@@ -83,6 +84,10 @@ def test_broken_rows_of_qqp_are_counted_and_left_out(tmp_path: Path) -> None:
     text = "id\tquestion1\tquestion2\tis_duplicate\n0\tA\tB\t1\n1\tbroken\nC\tD\n2\tE\tF\t0\n"
     found = read_split(QQP, _write(tmp_path, text), labelled=True)
     assert (found.texts, found.labels, found.num_broken) == ([("A", "B"), ("E", "F")], [1, 0], 2)
+    with pytest.raises(
+        DataError, match=r"test\.tsv:3: 2 fields"
+    ):  # else answers would not stand at their index
+        read_split(QQP, _write(tmp_path, text, "test.tsv"), labelled=False)
 
 
 def test_csv_and_jsonl_of_a_user_are_read_with_their_quotes_and_types(tmp_path: Path) -> None:
@@ -100,12 +105,24 @@ def test_csv_and_jsonl_of_a_user_are_read_with_their_quotes_and_types(tmp_path: 
         ('{"text": "a", "y": 1}\n{"text": "a"}\n', "b.jsonl", "b.jsonl:2: no text or number in field 'y'"),
         ('{"text": null, "y": 1}\n', "c.jsonl", "c.jsonl:1: no text or number in field 'text'"),
         ("[1]\n", "d.jsonl", "d.jsonl:1: not a JSON object"),
+        ('{"text": "a\\ud800", "y": 1}\n', "f.jsonl", "f.jsonl:1: half a surrogate pair in field 'text'"),
         ("x", "e.txt", "e.txt is no .tsv, .csv, .jsonl"),
     ):
         with pytest.raises(DataError, match=said):
             read_split(task, _write(tmp_path, text, name), labelled=True)
-    with pytest.raises(DataError, match="holds 1 different labels"):
-        labels_in(_write(tmp_path, "y,text\n1,a\n", "d.csv"), "y")
+    for text, said in (
+        ("y,text\n1,a\n", "d.csv: column 'y' holds only 1; a classification has two"),
+        ("y,text\n", "d.csv: column 'y' holds no label"),
+        ("y,text\n1,a\n,b\n2,c\n", "d.csv:3: no label in column 'y'"),
+    ):
+        with pytest.raises(DataError, match=said):
+            labels_in(_write(tmp_path, text, "d.csv"), "y")
+    long = "word " * 100_000  # beyond what Python's csv takes unasked
+    assert read_split(task, _write(tmp_path, f"y,text\n1,{long}\n", "long.csv"), True).texts == [(long,)]
+    many = replace(task, labels=tuple(str(i / 100) for i in range(500)))
+    with pytest.raises(DataError, match=r"'9\.99' is unknown; .* 490 more; numbers need --kind") as caught:
+        read_split(many, _write(tmp_path, "y,text\n9.99,a\n", "many.csv"), True)
+    assert len(str(caught.value)) < 300
 
 
 def test_the_sample_files_of_all_tasks_are_read_whole() -> None:

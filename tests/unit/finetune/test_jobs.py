@@ -75,6 +75,7 @@ def test_rte_without_mnli_is_refused_unless_the_pretrained_start_is_asked_for() 
     [
         ((["wnli"], None), [], "task 'wnli' is unknown; the recipe has mnli, qnli"),
         ((None, [1, 1]), [], "--seeds 1 1 name one twice"),
+        ((None, [1, -1]), [], "--seeds 1 -1 are not all whole numbers from 0"),
         ((None, None), ["tasks.rte.starts_from=wnli"], "tasks.rte.starts_from is 'wnli'; allowed are"),
     ],
 )

@@ -1,5 +1,7 @@
 """The step computes what Hugging Face's own classes and PyTorch's AdamW compute, whatever its speed costs."""
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertForSequenceClassification
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from mosaicbert_ds import ops
 from mosaicbert_ds.data.tokenizer import load_tokenizer
@@ -104,6 +106,20 @@ def test_an_epoch_gives_the_weights_of_a_plain_padded_loop(
     expected = dict(plain.named_parameters())
     for name, weight in trainer.state()["weights"].items():
         torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_a_model_of_one_token_type_reads_pairs(
+    models: dict[str, Path], split: EncodedSplit, tmp_path: Path
+) -> None:
+    BertForMaskedLM(BertConfig.from_pretrained(models["bert"], type_vocab_size=1)).save_pretrained(tmp_path)
+    plain = load_classifier(tmp_path, GLUE["rte"], seed=5).eval()
+    batches = batches_of(split)[:1]
+    batch = padded_batch(split, batches[0])
+    assert batch["token_type_ids"].any()
+    trainer = trainer_of(tmp_path)
+    run(trainer, split, batches, padded=True)
+    expected = plain(**batch | {"token_type_ids": torch.zeros_like(batch["input_ids"])}).loss
+    assert trainer.losses[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_bf16_weights_are_those_of_the_pretraining_engines_bf16(
@@ -216,6 +232,19 @@ def test_a_folder_that_is_no_whole_model_is_refused(models: dict[str, Path], tmp
         find_pretrained(tmp_path, tmp_path)
     (tmp_path / "config.json").write_text((models["mosaicbert"] / "config.json").read_text())
     with pytest.raises(CheckpointError, match="cannot be read"):
+        load_classifier(tmp_path, GLUE["rte"], seed=1)
+    facts = json.loads((models["bert"] / "config.json").read_text())
+    for key, value in (
+        ("is_decoder", True),
+        ("position_embedding_type", "relative_key"),
+        ("hidden_size", "x"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(facts | {key: value}))
+        with pytest.raises(CheckpointError, match=rf"config\.json.*{key}"):
+            find_pretrained(tmp_path, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"intermediate_size": 64}))
+    shutil.copy(models["bert"] / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match=r"dense\.bias has shape \(128,\), not \(64,\)"):
         load_classifier(tmp_path, GLUE["rte"], seed=1)
     bert = find_pretrained(models["bert"], tmp_path)
     with pytest.raises(ConfigError, match="max_length 65 is over the 64 positions"):
