@@ -284,6 +284,8 @@ def _finetune_and_show(
             asked_to_stop=lambda: bool(stop),
         )
     print(table(results), end="", flush=True)
+    if keep_models:
+        print(f"models in {request.out / 'jobs' / '*' / 'model'}", flush=True)
 
 
 @contextlib.contextmanager

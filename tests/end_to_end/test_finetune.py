@@ -231,7 +231,11 @@ def test_a_task_of_ones_own_is_scored_and_its_model_kept(model: Path, tmp_path: 
     recipe = ["--set", "max_length=32", "tasks.task.epochs=1"]
     arguments = ["--model", model, "--out", tmp_path / "out", *files, *options, *recipe]
     assert cli.main(["finetune", "task", *map(str, arguments)]) == 0
-    assert "| task | macro F1 (test) |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "| task | macro F1 (test) |" in said
+        and f"models in {tmp_path / 'out' / 'jobs' / '*' / 'model'}" in said
+    )
     (kept,) = (tmp_path / "out").glob("jobs/*/model")
     changed_ns = kept.stat().st_mtime_ns
     arguments[arguments.index("macro_f1")] = "matthews"  # asked for later, of the answers that are there
