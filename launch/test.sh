@@ -11,6 +11,6 @@ mypy
 lint-imports --no-cache >/tmp/lint-imports.$$ 2>&1 || { cat /tmp/lint-imports.$$; exit 1; }
 rm -f /tmp/lint-imports.$$
 [ $# -gt 0 ] && exec python -m pytest "$@"
-# What runs in one process, on two cores; what starts several itself, alone.
-python -m pytest -n 2 tests/unit tests/kernels tests/golden
-python -m pytest tests/distributed tests/end_to_end tests/cluster
+# The long ones first, so that the two workers end together.
+python -m pytest -n 2 --dist worksteal \
+  tests/end_to_end tests/distributed tests/cluster tests/unit tests/kernels tests/golden

@@ -381,7 +381,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[CURVE=]RUN",
         help="a run's folder; runs of one CURVE make one line. Or an --out of before, for the runs in it",
     )
-    _add_glue(command)
+    _add_glue(command, required=False)
     _add_finetuning(command, "glue", with_model=False)
 
     command = _command(commands, "evaluate", _evaluate, "masked-LM loss by length of text and by position")
@@ -580,12 +580,13 @@ def _sizes(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
 
 
-def _add_glue(command: argparse.ArgumentParser) -> None:
+def _add_glue(command: argparse.ArgumentParser, required: bool = True) -> None:
     command.add_argument(
         "--glue-dir",
-        required=True,
+        required=required,
         metavar="DIR",
-        help="folder of the official files (CoLA/train.tsv, ...), or hf:nyu-mll/glue",
+        help="folder of the official files (CoLA/train.tsv, ...), or hf:nyu-mll/glue"
+        + ("" if required else "; for RUNs that have no score yet"),
     )
     command.add_argument("--tasks", nargs="+", metavar="TASK", help="mnli qnli qqp sst2 cola rte mrpc stsb")
     command.add_argument(

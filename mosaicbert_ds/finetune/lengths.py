@@ -22,6 +22,7 @@ from mosaicbert_ds.data.sources import BadInput, find_pieces, read_piece
 from mosaicbert_ds.data.tokenizer import LoadedTokenizer
 from mosaicbert_ds.errors import ConfigError, DataError
 from mosaicbert_ds.finetune.models import check_fits, find_pretrained, load_masked_lm
+from mosaicbert_ds.finetune.report import make_out
 
 _BINS = 16  # positions are averaged in so many equal parts of a length
 _BATCH_TOKENS = 16_384
@@ -47,6 +48,7 @@ def evaluate_lengths(
     max_tokens: of the text, at most. Raises ConfigError for a length that the model or the arithmetic does
     not allow, DataError where no document is long enough.
     """
+    make_out(out)
     lengths = sorted(set(lengths))
     pretrained = find_pretrained(model, out / "models")
     limit = pretrained.longest()

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from mosaicbert_ds import tables
 from mosaicbert_ds.data.files import write_durably
 from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError, TrainingError
-from mosaicbert_ds.finetune.config import FinetuneConfig
+from mosaicbert_ds.finetune.config import FinetuneConfig, load_finetune_recipe
 from mosaicbert_ds.finetune.models import of_checkpoint
 from mosaicbert_ds.finetune.suite import Devices, Request, finetune, glue_request, stoppable
 from mosaicbert_ds.finetune.tasks import GLUE
@@ -285,13 +285,23 @@ def plot(points: Sequence[Point], pictures: Sequence[Path]) -> None:
 
 
 def pareto_command(
-    request: Request, runs: Sequence[str], glue_dir: str, tasks: list[str] | None, from_pretrained: bool
+    request: Request,
+    runs: Sequence[str],
+    glue_dir: str | None,
+    tasks: list[str] | None,
+    from_pretrained: bool,
 ) -> None:
     """`mosaicbert pareto`."""
-    config, files = glue_request(request, glue_dir, tasks, from_pretrained)
+    named = [named_run(run) for run in runs]
+    if glue_dir is not None:
+        config, files = glue_request(request, glue_dir, tasks, from_pretrained)
+    elif unscored := [run for _, run in named if not (run / _TABLE).is_file()]:
+        raise ConfigError(f"{unscored[0]} has no score yet; give --glue-dir, the folder of the GLUE files")
+    else:
+        config, files = load_finetune_recipe(request.recipe, request.overrides), {}
     with stoppable() as stop:
         points = pareto(
-            [named_run(run) for run in runs], config, files, request.out,
+            named, config, files, request.out,
             devices=request.devices, asked_to_stop=lambda: bool(stop),
         )  # fmt: skip
     print(markdown(points), f"curve in {request.out / 'pareto.png'}, pareto.svg and pareto.csv", sep="\n")

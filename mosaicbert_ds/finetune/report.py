@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from mosaicbert_ds import tables
 from mosaicbert_ds.data.files import write_durably
+from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.finetune.plan import Job
 from mosaicbert_ds.finetune.run import Outcome
 from mosaicbert_ds.finetune.score import (
@@ -31,6 +32,14 @@ _NAMES = {"accuracy": "accuracy", "f1": "F1", "macro_f1": "macro F1", "matthews"
 _INTERVALS = (
     "Intervals: 95 %, bootstrap percentiles over rows and seeds drawn anew together. std: over seeds (n - 1)."
 )
+
+
+def make_out(out: Path) -> None:
+    """The folder for results, before any work is done. Raises ConfigError where it cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; give another folder") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,7 +193,8 @@ def choose_slots(gpus: int | None, jobs_per_gpu: int, jobs: int) -> list[str]:
             raise ConfigError(f"{name} is {value}; give 1 or more")
     if gpus is not None and gpus > found:
         raise ConfigError(
-            f"--gpus is {gpus}, but this host has {found}; give {found or 'none'} or leave it out"
+            f"--gpus, or a hostfile's slots, is {gpus}, but this host has {found}; "
+            + (f"give {found}" if found else "start the command with --jobs on each host, without a hostfile")
         )
     if not found:
         return ["cpu"] * jobs

@@ -25,7 +25,14 @@ from mosaicbert_ds.finetune.hub import fetch_glue
 from mosaicbert_ds.finetune.job import JobSpec
 from mosaicbert_ds.finetune.models import Pretrained, check_fits, find_pretrained, load_classifier
 from mosaicbert_ds.finetune.plan import Job, TaskData, choose_tasks, plan_jobs
-from mosaicbert_ds.finetune.report import SplitRows, summarise, table, write_report, write_submission
+from mosaicbert_ds.finetune.report import (
+    SplitRows,
+    make_out,
+    summarise,
+    table,
+    write_report,
+    write_submission,
+)
 from mosaicbert_ds.finetune.run import Queue, choose_slots
 from mosaicbert_ds.finetune.score import METRICS, REGRESSION_METRICS
 from mosaicbert_ds.finetune.tasks import GLUE, Task
@@ -87,10 +94,8 @@ def finetune(
     started_s = time.perf_counter()
     slots = choose_slots(devices.gpus, devices.jobs_per_gpu, devices.jobs)
     cache, jobs_folder, report = out / "cache", out / "jobs", report or out
-    try:
-        jobs_folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made: {error.strerror}; give another folder") from None
+    make_out(out)
+    jobs_folder.mkdir(exist_ok=True)
     tokenizer = pretrained.tokenizer(cache)
     check_fits(pretrained, tokenizer, config.max_length)
     precision = config.precision

@@ -25,7 +25,9 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> l
     removed here.
     """
     port = free_port()
-    context = mp.get_context("spawn")
+    # Forked from a server that has imported everything, which takes a rank longer than most of what it does.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["mosaicbert_ds.pretrain"])
     results = context.Queue()
     ranks = [
         context.Process(target=_rank, args=(function, rank, world_size, port, results, args))

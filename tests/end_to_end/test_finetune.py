@@ -171,7 +171,7 @@ def test_a_damaged_model_is_said_once_and_starts_no_job(model: Path, tmp_path: P
         _finetune(damaged, out, glue_files(SAMPLES / "glue", ["mnli", "rte"]), [])
     assert not list(out.glob("jobs/*"))
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--out .*file cannot be made: Not a directory"):
+    with pytest.raises(ConfigError, match=r"--out .*file cannot be made: File exists"):
         _finetune(model, tmp_path / "file", {}, [])
 
 

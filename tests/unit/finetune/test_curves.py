@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mosaicbert_ds import cli
 from mosaicbert_ds.config import RunConfig
 from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError
 from mosaicbert_ds.finetune.config import load_finetune_recipe
@@ -48,7 +49,9 @@ def _save(run: Path, step: int, tokenizer: Path) -> None:
         shutil.copytree(tokenizer, run / "tokenizer")
 
 
-def test_each_checkpoint_of_a_run_is_scored_once(models: dict[str, Path], tmp_path: Path) -> None:
+def test_each_checkpoint_of_a_run_is_scored_once(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, out = tmp_path / "my run", tmp_path / "out"
     recipe = load_finetune_recipe("glue", ["max_length=32", "tasks.mnli.epochs=1"])
     config = choose_tasks(recipe, ["mnli", "rte"], [1], from_pretrained=False)
@@ -100,6 +103,10 @@ def test_each_checkpoint_of_a_run_is_scored_once(models: dict[str, Path], tmp_pa
         alone = choose_tasks(changed, ["rte"], [1], from_pretrained=True)
         pareto([named_run(str(out)), ("other", tmp_path / "other")], alone, files, out, devices=Devices())
     table = (out / "pareto.csv").read_text().splitlines()
+    for runs, code in (([out], 0), ([out, tmp_path / "other"], 2)):
+        assert cli.main(["pareto", *map(str, runs), "--out", str(tmp_path / "by its table")]) == code
+    assert (tmp_path / "by its table/pareto.csv").read_text().splitlines() == table
+    assert "other has no score yet; give --glue-dir" in capsys.readouterr().err
     for curve, joined in (("mosaic", None), ("another", 2 * len(scored))):  # another run of the same name
         copy = tmp_path / f"of before {curve}"
         copy.mkdir()
