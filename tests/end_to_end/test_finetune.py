@@ -77,8 +77,8 @@ sys.exit(cli.main(sys.argv[1:]))
 def test_the_suite_killed_and_stopped_in_the_middle_gives_what_an_undisturbed_one_gives(
     model: Path, tmp_path: Path
 ) -> None:
-    """Eight tasks, two seeds, staged. SIGKILL hits the queue, its server and its jobs alike; SIGTERM too,
-    as a scheduler sends it."""
+    """Eight tasks, two seeds, staged. SIGKILL hits the queue, its server and its jobs alike; SIGTERM, as a
+    scheduler sends it, all of them too, or the queue alone, which passes it on."""
     arguments = ("--seeds", "1", "2", "--set", *SHORT)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(glue(model, whole, *arguments), check=True, capture_output=True, timeout=600)
@@ -87,18 +87,23 @@ def test_the_suite_killed_and_stopped_in_the_middle_gives_what_an_undisturbed_on
     def is_mid_job() -> bool:
         return any(killed.glob("jobs/qnli-*.work/checkpoints/step-*[0-9]/manifest.json"))
 
-    def half_is_done() -> bool:
-        return len(list(killed.glob("jobs/*/result.json"))) >= 8
+    def are_done(count: int) -> bool:
+        return len(list(killed.glob("jobs/*/result.json"))) >= count
 
-    for moment, number in ((is_mid_job, signal.SIGKILL), (half_is_done, signal.SIGTERM)):
-        said = (tmp_path / "said.txt").open("w")
-        process = subprocess.Popen(again, start_new_session=True, stdout=said)
+    for moment, send, number in (
+        (is_mid_job, os.killpg, signal.SIGKILL),
+        (lambda: are_done(6), os.killpg, signal.SIGTERM),
+        (lambda: are_done(9), os.kill, signal.SIGTERM),
+    ):
+        with (tmp_path / "said.txt").open("w") as said:
+            process = subprocess.Popen(again, start_new_session=True, stdout=said)
         while not moment():
             assert process.poll() is None, "it ended before the moment came"
             time.sleep(0.01)
-        os.killpg(process.pid, number)
+        send(process.pid, number)
         assert process.wait() == (-number if number == signal.SIGKILL else EXIT_STOPPED)
-    assert "ended" not in (lines := (tmp_path / "said.txt").read_text()) and "killed" not in lines
+        lines = (tmp_path / "said.txt").read_text()
+        assert "ended" not in lines and "killed" not in lines, "the queue lost a job"
     assert re.search(r"mnli-.*: accuracy [0-9.]+; [0-9]+ s\n", lines)
     finished = {path: path.stat().st_mtime_ns for path in killed.glob("jobs/*/result.json")}
     assert 8 <= len(finished) < 16
