@@ -131,7 +131,8 @@ def parse_overrides(overrides: Iterable[str]) -> Tree:
             raise ConfigError(
                 f"override '{text}' is not of the form key=value, such as optimizer.peak_lr=5e-4"
             )
-        leaf = _load(value, f"override '{text}'")
+        # Not at the line's start, where YAML takes --- for a document's border and not for a value.
+        leaf = _load(f" {value}", f"override '{text}'")
         for part in reversed(key.split(".")):
             leaf = {part: leaf}
         tree = merge(tree, leaf)

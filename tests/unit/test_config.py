@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mosaicbert_ds.config import RunConfig, describe, load_recipe, shipped_recipes
@@ -319,6 +319,7 @@ def test_no_file_ends_in_a_traceback(data: bytes, folder: Path) -> None:
 
 @settings(max_examples=600, deadline=None, database=None)
 @given(path=st.sampled_from(NUMBERS), text=st.text("0123456789.eE+-_x: ", min_size=1, max_size=6))
+@example(path=("telemetry", "usd_per_gpu_hour"), text="---")
 def test_a_number_that_is_taken_is_the_one_that_was_written(path: Any, text: str) -> None:
     with contextlib.suppress(ConfigError):
         override = f"{'.'.join(path)}={text}"
