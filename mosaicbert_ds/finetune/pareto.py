@@ -10,6 +10,7 @@ before may stand for its runs: its points are taken as they are.
 
 import csv
 import io
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -60,6 +61,7 @@ class Point:
     low: float  # of the 95 % interval
     high: float
     tasks: int
+    is_official: bool  # all of GLUE's tasks on the official files, whole: it compares with published scores
     by_task: Mapping[str, TaskScore]
 
 
@@ -82,6 +84,7 @@ def point_of(curve: str, run: str, checkpoint: Checkpoint, results: Mapping[str,
         low=average["interval"][0],
         high=average["interval"][1],
         tasks=average["tasks"],
+        is_official=results["is_official"] and average["is_glue"],
         by_task={name: TaskScore(row["score"], row["std"]) for name, row in results["tasks"].items()},
     )
 
@@ -221,7 +224,12 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("step", "samples", "tasks"), int),
     **dict.fromkeys(("hours", "gpu_hours", "score", "low", "high"), float),
     "dollars": _number,
+    "is_official": {"True": True, "False": False}.__getitem__,
 }
+_NOT_COMPARABLE = (
+    "Scores of part of the tasks, or on files that are not the official ones, whole: NOT comparable with "
+    "published GLUE."
+)
 
 
 def markdown(points: Sequence[Point]) -> str:
@@ -237,7 +245,39 @@ def markdown(points: Sequence[Point]) -> str:
         rows.append(
             [point.curve, f"{factor * point.gpu_hours:,.1f}", cost, f"{point.samples:,}", *scores, mean]
         )
-    return tables.markdown(titles, rows)
+    notes = [] if all(point.is_official for point in points) else [_NOT_COMPARABLE]
+    return "\n".join(
+        [tables.markdown(titles, rows), *(f"{note}\n" for note in [*notes, *catching_up(points)])]
+    )
+
+
+def catching_up(points: Sequence[Point]) -> list[str]:
+    """A sentence for each curve that reaches another's best score in less GPU time; between two checkpoints
+    the score is taken to rise with the logarithm of time."""
+    curves: dict[str, list[Point]] = {}
+    for point in _in_order(points):
+        if point.gpu_hours:  # none before the first step that counts
+            curves.setdefault(point.curve, []).append(point)
+    unit, factor = _unit(points)
+    said = []
+    for (fast, mine), (slow, others) in itertools.permutations(curves.items(), 2):
+        best = max(others, key=lambda point: point.score)
+        there = next((number for number, point in enumerate(mine) if point.score >= best.score), None)
+        if there is None:
+            continue
+        after, at_most = mine[there], "" if there else "at most "
+        hours = after.gpu_hours
+        if there:
+            before = mine[there - 1]
+            share = (best.score - before.score) / (after.score - before.score)
+            hours = before.gpu_hours * (after.gpu_hours / before.gpu_hours) ** share
+        if hours < best.gpu_hours:
+            said.append(
+                f"{fast} reaches {slow}'s best score, {best.score:.1f}, after {at_most}{factor * hours:.1f} "
+                f"GPU-{unit}, {slow} after {factor * best.gpu_hours:.1f}: "
+                f"{hours / best.gpu_hours:.2f} of its time."
+            )
+    return said
 
 
 def _said(score: TaskScore) -> str:
@@ -250,9 +290,11 @@ def _unit(points: Sequence[Point]) -> tuple[str, float]:
 
 
 def plot(points: Sequence[Point], pictures: Sequence[Path]) -> None:
-    """Draw the curves to `pictures`. Raises ConfigError where matplotlib is missing."""
+    """Draw the curves to `pictures`, beside the published ones where these compare. Raises ConfigError where
+    matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
     except ImportError:
         raise ConfigError("drawing needs matplotlib; pip install 'mosaicbert-ds[report]'") from None
 
@@ -264,10 +306,11 @@ def plot(points: Sequence[Point], pictures: Sequence[Path]) -> None:
         ("gpu_hours", f"GPU-{unit}", per_hour, _PUBLISHED_GPUS),
         ("dollars", "dollars", 1.0, _PUBLISHED_GPUS * _PUBLISHED_USD_PER_GPU_HOUR),
     )
+    references = PUBLISHED if all(point.is_official for point in points) else {}
     for panel, (cost, label, scale, published) in zip(axes, costs, strict=True):
-        for (name, (hours, scores)), style in zip(PUBLISHED.items(), ("--", ":"), strict=True):
+        for (name, (hours, scores)), style in zip(references.items(), ("--", ":"), strict=False):
             xs = [scale * published * h for h in hours]
-            panel.plot(xs, scores, style, color="0.4", label=f"{name} (8 A100, 8 tasks)")
+            panel.plot(xs, scores, style, color="0.4", label=f"{name} (8 A100)")
         for number, curve in enumerate(dict.fromkeys(point.curve for point in points)):
             mine = [p for p in points if p.curve == curve and getattr(p, cost) is not None]
             below, above = [p.score - p.low for p in mine], [p.high - p.score for p in mine]
@@ -276,9 +319,13 @@ def plot(points: Sequence[Point], pictures: Sequence[Path]) -> None:
             xs, ys = [scale * getattr(p, cost) for p in mine], [p.score for p in mine]
             panel.errorbar(xs, ys, errors, fmt="o-", color=f"C{number}", capsize=3, label=curve)
         panel.set(xlabel=label, xscale="log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
     tasks = points[0].tasks
-    axes[0].set_ylabel("GLUE, %" if tasks == len(GLUE) else f"mean of {tasks} GLUE tasks, %")
+    of = "GLUE" if tasks == len(GLUE) else f"mean of {tasks} GLUE tasks"
+    axes[0].set_ylabel(f"{of}, %" if references else f"{of} (not comparable with published GLUE), %")
     axes[0].legend(frameon=False, fontsize=8)
     for picture in pictures:
         figure.savefig(picture, dpi=150)

@@ -63,7 +63,7 @@ def summarise(
     folder: of the finished jobs; rows: by task and split; about: facts to record as they are.
     """
     rng = np.random.default_rng(_BOOTSTRAP_SEED)
-    notes = _row_notes(tasks, rows)
+    notes, is_official = _row_notes(tasks, rows)
     rows_of_tasks: dict[str, Any] = {}
     replicates = []
     for name, task in tasks.items():
@@ -102,7 +102,7 @@ def summarise(
             "seeds": [job.seed for job in done],
             "metrics": metrics,
         }
-    results: dict[str, Any] = {**about, "tasks": rows_of_tasks, "notes": notes}
+    results: dict[str, Any] = {**about, "tasks": rows_of_tasks, "notes": notes, "is_official": is_official}
     complete = [row["score"] for row in rows_of_tasks.values() if row["complete"]]
     if complete:
         low, high = interval(np.mean(replicates, axis=0))
@@ -131,7 +131,10 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "std": std, "n": len(values)}
 
 
-def _row_notes(tasks: Mapping[str, Task], rows: Mapping[str, Mapping[str, SplitRows]]) -> list[str]:
+def _row_notes(
+    tasks: Mapping[str, Task], rows: Mapping[str, Mapping[str, SplitRows]]
+) -> tuple[list[str], bool]:
+    """What is to be said of the files, and whether scores on them compare with published ones."""
     notes, other = [], []
     for name, task in tasks.items():
         for split, found in rows[name].items():
@@ -143,13 +146,14 @@ def _row_notes(tasks: Mapping[str, Task], rows: Mapping[str, Mapping[str, SplitR
         for split in task.optional_splits:
             if split not in rows[name]:
                 notes.append(f"{task.title} {split} is absent: the score is the mean over what is there")
+    is_official = not notes and not other
     if other:
         notes.insert(
             0,
             f"Rows differ from the official files ({'; '.join(other)}): these scores are NOT comparable with "
             "published GLUE",
         )
-    return notes
+    return notes, is_official
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError
 from mosaicbert_ds.finetune.config import load_finetune_recipe
 from mosaicbert_ds.finetune.lengths import evaluate_lengths
 from mosaicbert_ds.finetune.models import load_masked_lm
-from mosaicbert_ds.finetune.pareto import PUBLISHED, named_run, pareto
+from mosaicbert_ds.finetune.pareto import PUBLISHED, Point, catching_up, named_run, pareto, plot
 from mosaicbert_ds.finetune.plan import choose_tasks
 from mosaicbert_ds.finetune.suite import Devices, glue_files
 from mosaicbert_ds.model import ModelConfig, build_pretraining_model
@@ -83,6 +83,7 @@ def test_each_checkpoint_of_a_run_is_scored_once(
         )
         assert float(point["score"]) == results["average"]["score"]
         assert float(point["low"]) <= float(point["score"]) <= float(point["high"]) and point["tasks"] == "2"
+        assert point["is_official"] == "False", "two tasks, of the samples"
     assert (out / "pareto.png").stat().st_size > 10_000 and "<svg" in (out / "pareto.svg").read_text()
     assert not list(out.glob("jobs/*/model")) and not list(out.glob("models/*")), "no gigabytes stay"
 
@@ -122,12 +123,39 @@ def test_each_checkpoint_of_a_run_is_scored_once(
             with pytest.raises(ConfigError, match="has another score of my run step 1, curve mosaic"):
                 pareto(both, again, files, tmp_path / "both", devices=Devices())
     lines = (tmp_path / "joined/pareto.md").read_text().splitlines()
-    assert (
-        len(lines) == 4 and "| MNLI | RTE |" in lines[0] and lines[3].startswith("| mosaic | 8.0 | 20.00 |")
-    )
+    assert "| MNLI | RTE |" in lines[0] and lines[3].startswith("| mosaic | 8.0 | 20.00 |")
+    assert len(lines) == 6 and "NOT comparable with published GLUE" in lines[5]
     (out / "pareto.csv").write_text("run,step\nrun,1\n")
     with pytest.raises(DataError, match="is no table of"):
         pareto([named_run(str(out))], again, files, out, devices=Devices())
+
+
+def _point(curve: str, minutes: float, score: float, is_official: bool = False) -> Point:
+    return Point(
+        curve=curve, run=f"{curve}-{minutes}", step=1, samples=1, hours=minutes / 60, gpu_hours=minutes / 60,
+        dollars=None, score=score, low=score, high=score, tasks=8, is_official=is_official, by_task={},
+    )  # fmt: skip
+
+
+def test_the_time_to_anothers_best_score_is_told() -> None:
+    bert = [_point("bert", 5, 60.0), _point("bert", 20, 66.0), _point("bert", 40, 65.0)]
+    mosaic = [_point("mosaic", 4, 64.0), _point("mosaic", 16, 68.0)]
+    # 66 lies half way from 64 to 68, 8 minutes half way from 4 to 16 in their logarithms
+    assert catching_up([*bert, *mosaic]) == [
+        "mosaic reaches bert's best score, 66.0, after 8.0 GPU-minutes, bert after 20.0: 0.40 of its time."
+    ]
+    (said,) = catching_up([*bert[:1], *mosaic])
+    assert "60.0, after at most 4.0 GPU-minutes, bert after 5.0: 0.80" in said
+    assert catching_up(bert) == catching_up([*bert, _point("mosaic", 30, 70.0)]) == []
+
+
+def test_published_curves_stand_beside_scores_that_compare_with_them_only(tmp_path: Path) -> None:
+    for is_official in (True, False):
+        picture = tmp_path / f"{is_official}.svg"
+        plot([_point("mosaic", 4, 64.0, True), _point("mosaic", 16, 68.0, is_official)], [picture])
+        text = picture.read_text()
+        assert ("published (8 A100)" in text) is is_official
+        assert ("not comparable with published GLUE" in text) is not is_official
 
 
 def test_the_published_curves_are_those_of_the_plot() -> None:
