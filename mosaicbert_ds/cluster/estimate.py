@@ -28,6 +28,7 @@ NODE_COUNTS = (1, 8, 16, 32, 64)
 GPUS_PER_NODE = 8
 FILL = 0.88  # real tokens of a padded batch, with the lengths of C4 at 128 tokens
 
+ONE_TILE_LENGTH = 128  # tokens of a sequence that attention takes as a whole: ops/attention_triton.py
 _GIB = 1 << 30
 _DEFAULT_BUCKET = 500_000_000  # elements: DeepSpeed's, where the JSON names none
 # Of a micro batch, whatever its size. Per parameter: three readings of a bf16 weight, and an fp32 gradient
@@ -247,8 +248,9 @@ def memory_bytes(
     """Peak of one GPU: weights, gradients and Adam's state as ZeRO divides them, and a micro batch's tensors.
 
     A layer keeps its input, queries, keys and values, the attention's output, the sum before each LayerNorm,
-    and both halves of GeGLU with their product, in bf16; `masked_only_layers`, one at least, the masked
-    tokens' alone, but for keys and values. The head keeps logits and their gradient.
+    and both halves of GeGLU with their product, in bf16; over 128 tokens a sequence also what the attention's
+    output lost in rounding. `masked_only_layers`, one at least, keep the masked tokens' alone, but for keys
+    and values. The head keeps logits and their gradient.
     """
     model = recipe.model
     element = 2 if recipe.engine.precision == "bf16" else 4
@@ -263,7 +265,8 @@ def memory_bytes(
     unpadded = model.architecture == "mosaicbert"
     tokens = micro_batch_size * recipe.data.max_length * (fill if unpadded else 1.0)
     masked = micro_batch_size * recipe.data.max_length * fill * recipe.masking.rate
-    kept = 6 * model.hidden_size + (3 if unpadded else 2) * model.intermediate_size
+    keeps_lost = unpadded and element == 2 and recipe.data.max_length > ONE_TILE_LENGTH
+    kept = (7 if keeps_lost else 6) * model.hidden_size + (3 if unpadded else 2) * model.intermediate_size
     keys_values = 2 * model.hidden_size
     if model.activation_checkpointing:
         kept, keys_values = model.hidden_size, 0

@@ -104,7 +104,8 @@ def task_score(task: Task, runs: Sequence[Mapping[str, Answers]]) -> float:
     values = [
         METRICS[name](answers.predictions, answers.labels)
         for run in runs
-        for answers in run.values()
+        for split, answers in run.items()
+        if task.score_split in (None, split)
         for name in task.metrics
     ]
     return float(np.mean([0.0 if isinstance(value, str) else value for value in values]))

@@ -173,9 +173,11 @@ def finetune(
     say(f"{report / 'results.md'} after {time.perf_counter() - started_s:.0f} s")
     failed = {name: outcome.reason for name, outcome in outcomes.items() if not outcome.result}
     if failed:
+        followers = {job.name for job in jobs if job.name in failed and job.after in failed}
+        own = [f"{job.name}: {failed[job.name]}" for job in jobs if job.name in failed.keys() - followers]
         raise TrainingError(
-            f"{len(failed)} of {len(jobs)} jobs have no result: "
-            + "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+            f"{len(failed)} of {len(jobs)} jobs have no result: {'; '.join(own)}"
+            + (f"; {len(followers)} start from these and were not run" if followers else "")
             + "; the same command tries them again"
         )
     return results
@@ -218,6 +220,7 @@ def custom_task(
         labels=labels,
         metrics=chosen,
         eval_splits=("dev", "test") if has_test else ("dev",),
+        score_split="test" if has_test else None,
     )
 
 

@@ -22,6 +22,7 @@ class Task:
     metrics: tuple[str, ...]  # names in `score.METRICS`; the task's score is their mean
     eval_splits: tuple[str, ...] = ("dev",)
     optional_splits: tuple[str, ...] = ()  # of `eval_splits`: scored where they are
+    score_split: str | None = None  # the one of `eval_splits` that the task's score is of; None: all
     test_splits: tuple[tuple[str, str], ...] = ()  # split and name of its submission file
     label_range: tuple[float, float] | None = None  # of a regression
     header: tuple[str, ...] = ()  # the columns of files that do not name them in their first line

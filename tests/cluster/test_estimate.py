@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 
 from mosaicbert_ds import cli
-from mosaicbert_ds.cluster.estimate import GPUS, INTERCONNECTS, estimate_run, matrix_flops, memory_bytes
+from mosaicbert_ds.cluster.estimate import (
+    GPUS,
+    INTERCONNECTS,
+    ONE_TILE_LENGTH,
+    estimate_run,
+    matrix_flops,
+    memory_bytes,
+)
 from mosaicbert_ds.cluster.network import Link, Network, Transfer, exposed_s
 from mosaicbert_ds.config import load_recipe
 from mosaicbert_ds.model import count_parameters
+from mosaicbert_ds.ops import attention_triton
 
 PUBLISHED = [  # on 8 A100-80GB: recipe, target, hours
     ("mosaicbert-base", "79.6", 1.13),
@@ -68,6 +76,18 @@ def test_masked_only_layers_keep_and_compute_the_masked_tokens_alone_but_for_key
     unmasked = 512 * 128 * 0.88 * 0.7
     assert memory - less_memory == pytest.approx(2 * unmasked * 4 * (4 * 768 + 3 * 3072))
     assert count_parameters(five.model) == count_parameters(plain.model)
+
+
+def test_long_sequences_keep_what_attention_lost_in_rounding() -> None:
+    assert ONE_TILE_LENGTH == attention_triton.ONE_TILE_LENGTH
+    short, long = (load_recipe("mosaicbert-base", [f"data.max_length={length}"]) for length in (128, 256))
+    memory, same_tokens = (
+        memory_bytes(recipe, 137_400_384, 1, 65_536 // recipe.data.max_length, 8, fill=1.0)
+        for recipe in (short, long)
+    )
+    assert same_tokens - memory == pytest.approx(
+        2 * 65_536 * (11 + 0.3) * 768
+    )  # the last layer's of masked tokens
 
 
 def test_time_falls_and_cost_rises_with_nodes_and_the_table_shows_the_same(

@@ -160,7 +160,9 @@ def test_a_failed_job_is_reported_and_the_rest_goes_on(model: Path, tmp_path: Pa
     notes = "\n".join(results["notes"])
     assert "is not finite; lower peak_lr" in notes
     assert "not run, since mnli-seed1-" in notes
-    assert "2 of 3 jobs have no result" in str(caught.value)
+    said_last = str(caught.value)
+    assert "2 of 3 jobs have no result: mnli-seed1-" in said_last and said_last.count("not finite") == 1
+    assert "; 1 start from these and were not run; the same command" in said_last and "rte" not in said_last
     said: list[str] = []
     _finetune(model, tmp_path, files, [], said)  # mended
     assert (tmp_path / "results.md").read_text().count("| RTE |") == 1
@@ -231,12 +233,17 @@ def test_a_task_of_ones_own_is_scored_and_its_model_kept(model: Path, tmp_path: 
     from transformers import AutoModelForSequenceClassification
 
     data = SAMPLES / "domain" / "medquad_qtype"
-    files = ["--train", data / "train.jsonl", "--dev", data / "dev.jsonl", "--test", data / "dev.jsonl"]
+    half = tmp_path / "half.jsonl"
+    half.write_text("".join((data / "dev.jsonl").read_text().splitlines(keepends=True)[::2]))
+    files = ["--train", data / "train.jsonl", "--dev", data / "dev.jsonl", "--test", half]
     options = ["--text", "question", "text", "--metrics", "accuracy", "macro_f1", "--seeds", "1"]
     recipe = ["--set", "max_length=32", "tasks.task.epochs=1"]
     arguments = ["--model", model, "--out", tmp_path / "out", *files, *options, *recipe]
     assert cli.main(["finetune", "task", *map(str, arguments)]) == 0
     said = capsys.readouterr().out
+    task = scores(tmp_path / "out")["tasks"]["task"]
+    of_test = [metric["mean"] for metric in task["metrics"] if metric["split"] == "test"]
+    assert task["score"] == pytest.approx(np.mean(of_test)) and len(of_test) == 2, "dev is for choosing"
     assert (
         "| task | macro F1 (test) |" in said
         and f"models in {tmp_path / 'out' / 'jobs' / '*' / 'model'}" in said
