@@ -349,7 +349,11 @@ def _parser() -> argparse.ArgumentParser:
         _finetune_task,
         "finetune on your own files and keep the models; run again, it goes on",
     )
-    for name, text in (("train", "to learn from"), ("dev", "to score on"), ("test", "for the score instead")):
+    for name, text in (
+        ("train", "to learn from"),
+        ("dev", "to score on"),
+        ("test", "whose score counts instead"),
+    ):
         command.add_argument(
             f"--{name}",
             type=Path,

@@ -84,7 +84,7 @@ def point_of(curve: str, run: str, checkpoint: Checkpoint, results: Mapping[str,
         low=average["interval"][0],
         high=average["interval"][1],
         tasks=average["tasks"],
-        is_official=results["is_official"] and average["is_glue"],
+        is_official=average["is_official"],
         by_task={name: TaskScore(row["score"], row["std"]) for name, row in results["tasks"].items()},
     )
 
@@ -245,10 +245,10 @@ def markdown(points: Sequence[Point]) -> str:
         rows.append(
             [point.curve, f"{factor * point.gpu_hours:,.1f}", cost, f"{point.samples:,}", *scores, mean]
         )
-    notes = [] if all(point.is_official for point in points) else [_NOT_COMPARABLE]
-    return "\n".join(
-        [tables.markdown(titles, rows), *(f"{note}\n" for note in [*notes, *catching_up(points)])]
-    )
+    notes = catching_up(points)
+    if not all(point.is_official for point in points):
+        notes.insert(0, _NOT_COMPARABLE)
+    return tables.markdown(titles, rows) + "".join(f"\n{note}\n" for note in notes)
 
 
 def catching_up(points: Sequence[Point]) -> list[str]:

@@ -85,9 +85,8 @@ def test_long_sequences_keep_what_attention_lost_in_rounding() -> None:
         memory_bytes(recipe, 137_400_384, 1, 65_536 // recipe.data.max_length, 8, fill=1.0)
         for recipe in (short, long)
     )
-    assert same_tokens - memory == pytest.approx(
-        2 * 65_536 * (11 + 0.3) * 768
-    )  # the last layer's of masked tokens
+    masked = 0.3  # what the last layer keeps of them
+    assert same_tokens - memory == pytest.approx(2 * 65_536 * (11 + masked) * 768)
 
 
 def test_time_falls_and_cost_rises_with_nodes_and_the_table_shows_the_same(

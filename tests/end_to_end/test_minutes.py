@@ -38,11 +38,11 @@ def test_each_recipe_has_a_gpu_where_there_are_enough(gpus: int, used: list[str]
     ended = run(tmp_path, "shards", "glue", "out", "2.5", "5", path=path, RECIPES="my/mosaic.yaml bert")
     assert ended.returncode != 0, "the other model's runs go on, and the failure is told"
     assert not (tmp_path / "plot").exists()
-    for recipe, gpu, budgets in (("my/mosaic.yaml", used[0], "2.5 5"), ("bert", used[1], "2.5 5")):
+    for recipe, gpu in zip(("my/mosaic.yaml", "bert"), used, strict=True):
         curve = Path(recipe).stem
         assert (tmp_path / Path(recipe).name).read_text().splitlines() == [
             f"train localhost:{gpu} {recipe} out/{curve}-{minutes}min duration.minutes={minutes}"
-            for minutes in budgets.split()
+            for minutes in ("2.5", "5")
         ]
     scored = (tmp_path / "pareto").read_text().splitlines()
     end = "--jobs-per-gpu 4"

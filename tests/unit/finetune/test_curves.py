@@ -17,7 +17,9 @@ from mosaicbert_ds.finetune.lengths import evaluate_lengths
 from mosaicbert_ds.finetune.models import load_masked_lm
 from mosaicbert_ds.finetune.pareto import PUBLISHED, Point, catching_up, named_run, pareto, plot
 from mosaicbert_ds.finetune.plan import choose_tasks
+from mosaicbert_ds.finetune.report import SplitRows, are_official
 from mosaicbert_ds.finetune.suite import Devices, glue_files
+from mosaicbert_ds.finetune.tasks import GLUE
 from mosaicbert_ds.model import ModelConfig, build_pretraining_model
 from mosaicbert_ds.training.checkpoint import KINDS, write_step
 from mosaicbert_ds.training.optimizer import OptimizerConfig
@@ -147,6 +149,18 @@ def test_the_time_to_anothers_best_score_is_told() -> None:
     (said,) = catching_up([*bert[:1], *mosaic])
     assert "60.0, after at most 4.0 GPU-minutes, bert after 5.0: 0.80" in said
     assert catching_up(bert) == catching_up([*bert, _point("mosaic", 30, 70.0)]) == []
+
+
+def test_official_files_are_known_by_their_rows() -> None:
+    rows = {
+        name: {split: SplitRows(rows=n, broken=0) for split, n in task.official_rows.items()}
+        for name, task in GLUE.items()
+    }
+    rows["qqp"]["train"] = SplitRows(rows=363_846, broken=3)  # as the official file is
+    assert are_official(GLUE, rows)
+    for split in ({}, {"dev_mismatched": SplitRows(rows=9_831, broken=0)}):
+        matched = {key: rows["mnli"][key] for key in ("train", "dev_matched")}
+        assert not are_official(GLUE, rows | {"mnli": matched | split})
 
 
 def test_published_curves_stand_beside_scores_that_compare_with_them_only(tmp_path: Path) -> None:
