@@ -117,8 +117,10 @@ def summarise(
 
 
 def are_official(tasks: Mapping[str, Task], rows: Mapping[str, Mapping[str, SplitRows]]) -> bool:
-    """Whether the files hold the official rows, so that scores compare with published ones. Broken rows are not
-    counted: everyone drops them."""
+    """Whether the files hold the official rows, so that scores compare with published ones.
+
+    Broken rows are not counted: everyone drops them.
+    """
     return all(
         split in rows[name] and rows[name][split].rows == official
         for name, task in tasks.items()
