@@ -27,7 +27,7 @@ from mosaicbert_ds.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mosaicbert_ds.errors import CheckpointError, ConfigError, UserError
 from mosaicbert_ds.finetune.tasks import Task
 from mosaicbert_ds.model.build import load_weights
-from mosaicbert_ds.model.export import export_model, read_tokenizer
+from mosaicbert_ds.model.export import FORMAT_VERSION, export_model, read_tokenizer
 from mosaicbert_ds.model.mosaicbert import (
     MosaicBertConfig,
     MosaicBertForMaskedLM,
@@ -109,7 +109,11 @@ def find_pretrained(source: Path, exports: Path) -> Pretrained:
 def of_checkpoint(checkpoint: Checkpoint, exports: Path) -> Pretrained:
     """A step of a run as a model to start from, to be exported below `exports`."""
     fingerprint = _hash(
-        {"files": sha256_of(checkpoint.path / "manifest.json"), "model": checkpoint.state["recipe"]["model"]}
+        {
+            "files": sha256_of(checkpoint.path / "manifest.json"),
+            "model": checkpoint.state["recipe"]["model"],
+            "export": FORMAT_VERSION,
+        }
     )
     return Pretrained(checkpoint.path, fingerprint, exports / fingerprint[:12], checkpoint)
 

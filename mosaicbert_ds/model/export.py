@@ -55,15 +55,26 @@ SPECIAL_TOKENS: dict[str, Any] = {
 # is the order of sums inside a library.
 LOGIT_TOLERANCE = 1e-4
 
+# Counts the changes to what weights an export holds, so that nobody takes an older one for the same model.
+FORMAT_VERSION = 2
+_TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
+
 
 def export_model(weights: dict[str, Tensor], config: ModelConfig, tokenizer_dir: Path, out: Path) -> None:
     """Write the pretrained model to the folder `out`.
+
+    Pretraining knows one token type, 0, so the rows of the others are still as drawn: to the network a second
+    text would be noise (bench/LEARNING.md has figures). The exported model reads every type as type 0 until
+    finetuning tells them apart.
 
     weights: fp32 by parameter name; tokenizer_dir: holds tokenizer.json. Raises CheckpointError when the
     weights do not fit `config`, DataError for an unusable tokenizer, UserError when `out` is not empty.
     """
     model = build_pretraining_model(config)
     load_weights(model, weights, "the checkpoint")
+    with torch.no_grad():
+        token_types = model.get_parameter(_TOKEN_TYPES)
+        token_types.copy_(token_types[:1].expand_as(token_types).clone())
     if config.architecture == "bert":
         # Without our unpadded face, so that config.json names a class that everyone has.
         plain = BertForMaskedLM(model.config)  # type: ignore[arg-type]
