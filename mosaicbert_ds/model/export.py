@@ -57,7 +57,6 @@ LOGIT_TOLERANCE = 1e-4
 
 # Counts the changes to what weights an export holds, so that nobody takes an older one for the same model.
 FORMAT_VERSION = 2
-_TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
 
 
 def export_model(weights: dict[str, Tensor], config: ModelConfig, tokenizer_dir: Path, out: Path) -> None:
@@ -73,8 +72,8 @@ def export_model(weights: dict[str, Tensor], config: ModelConfig, tokenizer_dir:
     model = build_pretraining_model(config)
     load_weights(model, weights, "the checkpoint")
     with torch.no_grad():
-        token_types = model.get_parameter(_TOKEN_TYPES)
-        token_types.copy_(token_types[:1].expand_as(token_types).clone())
+        token_types = model.get_parameter("bert.embeddings.token_type_embeddings.weight")
+        token_types[1:] = token_types[0]
     if config.architecture == "bert":
         # Without our unpadded face, so that config.json names a class that everyone has.
         plain = BertForMaskedLM(model.config)  # type: ignore[arg-type]
