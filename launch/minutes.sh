@@ -20,8 +20,7 @@ race() { # RECIPE GPU
     run="$OUT/$curve-${minutes}min"
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     deepspeed --include "localhost:$2" --master_port "$port" --log_level warning "$PRETRAIN" \
-      --recipe "$1" --data "$SHARDS" --out "$run" duration.minutes="$minutes" \
-      evaluation.every_samples=102400 evaluation.max_samples=4096 checkpoint.keep_last=1
+      --recipe "$1" --data "$SHARDS" --out "$run" duration.minutes="$minutes" checkpoint.keep_last=1
     rm -f /dev/shm/deepspeed_allreduce_buffer_*_"$port"_* # DeepSpeed leaves 66 MiB a process on CPUs
     runs+=("$curve=$run")
     CUDA_VISIBLE_DEVICES=$2 mosaicbert pareto "${runs[@]}" --glue-dir "$GLUE" --out "$OUT/$curve" \
