@@ -15,7 +15,7 @@ from mosaicbert_ds.model.config import VOCAB_MULTIPLE, ModelConfig
 from mosaicbert_ds.training.checkpoint import CheckpointConfig
 from mosaicbert_ds.training.ds_config import EngineConfig
 from mosaicbert_ds.training.loop import EvaluationConfig
-from mosaicbert_ds.training.optimizer import OptimizerConfig, ScheduleConfig
+from mosaicbert_ds.training.optimizer import MuonConfig, OptimizerConfig, ScheduleConfig
 from mosaicbert_ds.training.plan import BatchConfig, BatchPlan, DurationConfig
 from mosaicbert_ds.training.telemetry import TelemetryConfig
 from mosaicbert_ds.typed_yaml import from_tree, merge, parse_overrides, read_yaml, recipe_part, to_tree
@@ -93,7 +93,7 @@ def shipped_recipes() -> list[str]:
 def describe(config: RunConfig, plan: BatchPlan, ds_config: dict[str, Any]) -> str:
     """What a run of `config` would be, for `--dry-run`: nothing is built and nothing is read but this."""
     peak = config.optimizer.peak_lr
-    decay = f"{config.optimizer.adamw_weight_decay:g} (decoupled {config.optimizer.weight_decay:g})"
+    decay = _decay(config.optimizer)
     points = [tenth / 9 for tenth in range(10)]
     lines = "\n".join(
         f"  {_place(plan, done)}  {peak * config.schedule.lr_factor_at(done):.3e}"
@@ -102,7 +102,8 @@ def describe(config: RunConfig, plan: BatchPlan, ds_config: dict[str, Any]) -> s
     )
     notes = ""
     if config.optimizer.name == "muon":
-        notes += f"\nMuon on the hidden layers' matrices: peak {config.optimizer.muon.peak_lr:g}"
+        muon = config.optimizer.muon
+        notes += f"\nMuon on the hidden layers' matrices: peak {muon.peak_lr:g}, weight decay {_decay(muon)}"
     if plan.minutes is not None:
         notes += "\nsteps follow from the speed: the schedule goes by the main rank's clock, and ends in time"
     return f"""# resolved recipe
@@ -117,6 +118,10 @@ learning rate:
 
 # DeepSpeed config
 {json.dumps(ds_config, indent=2)}"""
+
+
+def _decay(rates: OptimizerConfig | MuonConfig) -> str:
+    return f"{rates.adamw_weight_decay:g} (decoupled {rates.weight_decay:g})"
 
 
 def _place(plan: BatchPlan, done: float) -> str:

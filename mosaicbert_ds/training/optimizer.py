@@ -5,7 +5,7 @@ AdamW by `1 - lr_t * weight_decay_adamw`. They are the same for
 
     weight_decay_adamw = weight_decay / lr_peak
 
-so 1e-5 at a peak of 5e-4 is AdamW's 0.02. A recipe states the decoupled value. Muon's decay is the same.
+so 1e-5 at a peak of 5e-4 is AdamW's 0.02. A recipe states the decoupled value, Muon's likewise.
 """
 
 import math
@@ -30,12 +30,19 @@ class MuonConfig:
 
     peak_lr: PeakRate = 2e-3
     momentum: Beta = 0.95
+    weight_decay: Fraction = 1e-5
+
+    @property
+    def adamw_weight_decay(self) -> float:
+        """As `OptimizerConfig.adamw_weight_decay`."""
+        return self.weight_decay / self.peak_lr
 
 
 @recipe_part
 class OptimizerConfig:
     """adamw: on all parameters. muon: Muon on the hidden layers' matrices, AdamW on the others; at ZeRO 0,
-    and at 1 in bf16. `weight_decay` is the decoupled value, see above; `muon` counts with muon only."""
+    and at 1 in bf16. `weight_decay` is the decoupled value, see above, of what is AdamW's; `muon` counts
+    with muon only."""
 
     name: Literal["adamw", "muon"] = "adamw"
     peak_lr: PeakRate = 5e-4
@@ -112,7 +119,7 @@ def muon_groups(
         "params": matrices,
         "is_muons": True,
         "lr_ratio": config.muon.peak_lr / config.peak_lr,
-        "weight_decay": config.weight_decay / config.muon.peak_lr,
+        "weight_decay": config.muon.adamw_weight_decay,
     }
     return [muon, {"params": others, "is_muons": False, "lr_ratio": 1.0}]
 

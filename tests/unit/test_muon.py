@@ -40,7 +40,7 @@ def test_steps_are_those_of_torch_muon() -> None:
     """torch iterates in bf16, hence the tolerance; both start anew from the same weights at each step, so
     that differences do not grow."""
     torch.manual_seed(0)
-    config = OptimizerConfig(name="muon", weight_decay=1e-3, muon=MuonConfig(peak_lr=1e-2, momentum=0.9))
+    config = OptimizerConfig(name="muon", muon=MuonConfig(peak_lr=1e-2, momentum=0.9, weight_decay=1e-3))
     ours, theirs = (nn.Parameter(torch.randn(24, 16)) for _ in range(2))
     (group, _) = build_optimizer(
         muon_groups([ours], [nn.Parameter(torch.ones(1))], config), config
