@@ -93,7 +93,6 @@ def shipped_recipes() -> list[str]:
 def describe(config: RunConfig, plan: BatchPlan, ds_config: dict[str, Any]) -> str:
     """What a run of `config` would be, for `--dry-run`: nothing is built and nothing is read but this."""
     peak = config.optimizer.peak_lr
-    decay = _decay(config.optimizer)
     points = [tenth / 9 for tenth in range(10)]
     lines = "\n".join(
         f"  {_place(plan, done)}  {peak * config.schedule.lr_factor_at(done):.3e}"
@@ -110,7 +109,7 @@ def describe(config: RunConfig, plan: BatchPlan, ds_config: dict[str, Any]) -> s
 {config.to_yaml()}
 # derived
 parameters: {count_parameters(config.model):,}{notes}
-AdamW-equivalent weight decay: {decay}
+AdamW-equivalent weight decay: {_decay(config.optimizer)}
 batch: {plan}
 mask rate: {config.masking.rate_at(0.0):g} at the start, {config.masking.rate_at(1.0):g} at the end
 learning rate:
