@@ -19,27 +19,32 @@ from mosaicbert_ds.typed_yaml import recipe_part
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
 PeakRate = Annotated[float, Field(gt=0, le=1)]
 
 
+class _PeakAndDecay:
+    """What the decay of AdamW's parameters and that of Muon's have in common."""
+
+    peak_lr: float
+    weight_decay: float
+
+    @property
+    def adamw_weight_decay(self) -> float:
+        """The `weight_decay` that torch.optim.AdamW takes for the same decay."""
+        return self.weight_decay / self.peak_lr
+
+
 @recipe_part
-class MuonConfig:
+class MuonConfig(_PeakAndDecay):
     """Of the hidden layers' matrices. Both rates follow the one schedule, each from its own peak."""
 
     peak_lr: PeakRate = 2e-3
     momentum: Beta = 0.95
     weight_decay: Fraction = 1e-5
 
-    @property
-    def adamw_weight_decay(self) -> float:
-        """As `OptimizerConfig.adamw_weight_decay`."""
-        return self.weight_decay / self.peak_lr
-
 
 @recipe_part
-class OptimizerConfig:
+class OptimizerConfig(_PeakAndDecay):
     """adamw: on all parameters. muon: Muon on the hidden layers' matrices, AdamW on the others; at ZeRO 0,
     and at 1 in bf16. `weight_decay` is the decoupled value, see above, of what is AdamW's; `muon` counts
     with muon only."""
@@ -50,11 +55,6 @@ class OptimizerConfig:
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-6
     weight_decay: Fraction = 1e-5
-
-    @property
-    def adamw_weight_decay(self) -> float:
-        """The `weight_decay` that torch.optim.AdamW takes for the same decay."""
-        return self.weight_decay / self.peak_lr
 
 
 @recipe_part
