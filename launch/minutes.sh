@@ -24,7 +24,7 @@ race() { # RECIPE GPU
     rm -f /dev/shm/deepspeed_allreduce_buffer_*_"$port"_* # DeepSpeed leaves 66 MiB a process on CPUs
     runs+=("$curve=$run")
     CUDA_VISIBLE_DEVICES=$2 mosaicbert pareto "${runs[@]}" --glue-dir "$GLUE" --out "$OUT/$curve" \
-      --jobs-per-gpu 4 $FINETUNE
+      --recipe glue-short --jobs-per-gpu 4 $FINETUNE
   done
 }
 export -f race

@@ -18,7 +18,7 @@ from mosaicbert_ds.training.loop import EvaluationConfig
 from mosaicbert_ds.training.optimizer import MuonConfig, OptimizerConfig, ScheduleConfig
 from mosaicbert_ds.training.plan import BatchConfig, BatchPlan, DurationConfig
 from mosaicbert_ds.training.telemetry import TelemetryConfig
-from mosaicbert_ds.typed_yaml import from_tree, merge, parse_overrides, read_yaml, recipe_part, to_tree
+from mosaicbert_ds.typed_yaml import read_recipe, recipe_part, recipes_in, to_tree
 
 _RECIPES = Path(__file__).parent / "recipes"
 
@@ -75,19 +75,13 @@ class RunConfig:
 def load_recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
     """A shipped recipe by name, or a YAML file by path, with `key=value` overrides laid over it.
 
-    A recipe may say `extends: NAME` and state only what differs. Raises ConfigError naming the file
-    or override, the key, what was given and what is allowed.
+    Raises ConfigError naming the file or override, the key, what was given and what is allowed.
     """
-    path = _find(name)
-    config = _read(path)
-    if not overrides:
-        return config
-    source = f"{path} with {' '.join(overrides)}"
-    return from_tree(RunConfig, merge(to_tree(config), parse_overrides(overrides)), source)
+    return read_recipe(RunConfig, name, _RECIPES, overrides)
 
 
 def shipped_recipes() -> list[str]:
-    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+    return recipes_in(_RECIPES)
 
 
 def describe(config: RunConfig, plan: BatchPlan, ds_config: dict[str, Any]) -> str:
@@ -128,29 +122,3 @@ def _place(plan: BatchPlan, done: float) -> str:
     if plan.total_samples is None:
         return f"{(plan.minutes or 0) * done:15.2f} minutes"
     return f"{round(plan.total_samples * done):>15,} samples"
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> RunConfig:
-    """The recipe in `path`. Each file is checked before the next is laid over it, so that a fault is
-    named where it stands. `seen`: the files that extend this one."""
-    tree = read_yaml(path)
-    if "extends" in tree:
-        base, chain = tree.pop("extends"), (*seen, path.resolve())
-        if not isinstance(base, str):
-            raise ConfigError(f"{path}: extends is {base}; allowed is the name or file of a recipe")
-        below = _find(base, beside=path)
-        if below.resolve() in chain:
-            circle = " -> ".join(str(file) for file in (*chain, below.resolve()))
-            raise ConfigError(f"{path}: recipes extend each other in a circle: {circle}")
-        tree = merge(to_tree(_read(below, chain)), tree)
-    return from_tree(RunConfig, tree, str(path))
-
-
-def _find(name: str, beside: Path | None = None) -> Path:
-    """The file of recipe `name`; a path is relative to the recipe that extends it, if there is one."""
-    shipped, given = _RECIPES / f"{name}.yaml", (beside.parent if beside else Path()) / name
-    for path in (shipped, given):
-        if path.is_file():
-            return path
-    said = f"{beside}: extends " if beside else "recipe "
-    raise ConfigError(f"{said}'{name}' is unknown; allowed are {', '.join(shipped_recipes())} or a YAML file")

@@ -162,6 +162,49 @@ def to_tree(config: Any) -> Tree:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def read_recipe(cls: type[T], name: str, shipped: Path, overrides: list[str] | None = None) -> T:
+    """Recipe `name` of the folder `shipped`, or the YAML file `name`, with `key=value` overrides over it.
+
+    A recipe may say `extends: NAME` and state only what differs. Raises ConfigError naming the file or
+    override, the key, what was given and what is allowed.
+    """
+    path = _find(name, shipped)
+    recipe = _read(cls, path, shipped)
+    if not overrides:
+        return recipe
+    source = f"{path} with {' '.join(overrides)}"
+    return from_tree(cls, merge(to_tree(recipe), parse_overrides(overrides)), source)
+
+
+def recipes_in(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def _read(cls: type[T], path: Path, shipped: Path, seen: tuple[Path, ...] = ()) -> T:
+    """The recipe in `path`. Each file is checked before the next is laid over it, so that a fault is
+    named where it stands. `seen`: the files that extend this one."""
+    tree = read_yaml(path)
+    if "extends" in tree:
+        base, chain = tree.pop("extends"), (*seen, path.resolve())
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: extends is {base}; allowed is the name or file of a recipe")
+        below = _find(base, shipped, beside=path)
+        if below.resolve() in chain:
+            circle = " -> ".join(str(file) for file in (*chain, below.resolve()))
+            raise ConfigError(f"{path}: recipes extend each other in a circle: {circle}")
+        tree = merge(to_tree(_read(cls, below, shipped, chain)), tree)
+    return from_tree(cls, tree, str(path))
+
+
+def _find(name: str, shipped: Path, beside: Path | None = None) -> Path:
+    """The file of recipe `name`; a path is relative to the recipe that extends it, if there is one."""
+    for path in (shipped / f"{name}.yaml", (beside.parent if beside else Path()) / name):
+        if path.is_file():
+            return path
+    said, allowed = f"{beside}: extends " if beside else "recipe ", ", ".join(recipes_in(shipped))
+    raise ConfigError(f"{said}'{name}' is unknown; allowed are {allowed} or a YAML file")
+
+
 def _explain(cls: type, fault: Any, source: str) -> str:
     path = [str(part) for part in fault["loc"]]
     key = ".".join(path) or "(top level)"

@@ -5,12 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.model.config import Rate
 from mosaicbert_ds.training.optimizer import Beta, OptimizerConfig, ScheduleConfig
-from mosaicbert_ds.typed_yaml import from_tree, merge, parse_overrides, read_yaml, recipe_part
+from mosaicbert_ds.typed_yaml import read_recipe, recipe_part
 
-RECIPES = Path(__file__).parents[1] / "recipes" / "finetune"
+_RECIPES = Path(__file__).parents[1] / "recipes" / "finetune"
 PRETRAINED = "pretrained"  # what a task starts from that starts from no other task
 
 LARGEST_SEED = (1 << 32) - 1
@@ -55,13 +54,8 @@ class FinetuneConfig:
 
 
 def load_finetune_recipe(name: str, overrides: list[str] | None = None) -> FinetuneConfig:
-    """A shipped recipe (`glue`, `task`) or a YAML file, with `key=value` overrides laid over it.
+    """A shipped recipe (`glue`, `glue-short`, `task`) or a YAML file, with `key=value` overrides over it.
 
     Raises ConfigError naming the file, the key, what was given and what is allowed.
     """
-    shipped = RECIPES / f"{name}.yaml"
-    path = shipped if shipped.is_file() else Path(name)
-    if not path.is_file():
-        raise ConfigError(f"finetuning recipe '{name}' is unknown; allowed are glue, task or a YAML file")
-    source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
-    return from_tree(FinetuneConfig, merge(read_yaml(path), parse_overrides(overrides or [])), source)
+    return read_recipe(FinetuneConfig, name, _RECIPES, overrides)

@@ -1,6 +1,7 @@
 """From a recipe to jobs: stages in order, and a fingerprint of everything that decides a result."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,19 @@ def test_the_glue_recipe_states_the_published_protocol() -> None:
     assert (config.schedule.warmup, config.schedule.final_lr_fraction) == (0.06, 0.0)
     decays = {name: round(config.optimizer(name).adamw_weight_decay, 9) for name in config.tasks}
     assert decays == dict.fromkeys(PUBLISHED, 0.1) | {"rte": 1.0}
+
+
+def test_a_recipe_that_extends_the_published_one_differs_by_what_it_says(tmp_path: Path) -> None:
+    published, short = load_finetune_recipe("glue"), load_finetune_recipe("glue-short")
+    rates = {"mnli": 1e-4, "qnli": 4e-5, "rte": 2e-5, "mrpc": 1.6e-4, "stsb": 6e-5}
+    tasks = {
+        name: replace(row, peak_lr=rates.get(name, row.peak_lr)) for name, row in published.tasks.items()
+    }
+    assert short == replace(published, tasks=tasks)
+    (tmp_path / "mine.yaml").write_text("extends: glue-short\ntasks: {rte: {epochs: 5}}\n")
+    assert load_finetune_recipe(str(tmp_path / "mine.yaml")) == replace(
+        short, tasks=tasks | {"rte": replace(tasks["rte"], epochs=5)}
+    )
 
 
 def test_jobs_come_after_their_start_and_else_the_longest_first() -> None:
