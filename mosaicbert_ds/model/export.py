@@ -56,15 +56,15 @@ SPECIAL_TOKENS: dict[str, Any] = {
 LOGIT_TOLERANCE = 1e-4
 
 # Counts the changes to what weights an export holds, so that nobody takes an older one for the same model.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def export_model(weights: dict[str, Tensor], config: ModelConfig, tokenizer_dir: Path, out: Path) -> None:
     """Write the pretrained model to the folder `out`.
 
     Pretraining knows one token type, 0, so the rows of the others are still as drawn: to the network a second
-    text would be noise (bench/LEARNING.md has figures). The exported model reads every type as type 0 until
-    finetuning tells them apart.
+    text would be noise. Exported, each is row 0 with its own drawn row on top, the known one with a mark by
+    which finetuning tells the texts apart (bench/LEARNING.md has what that gives).
 
     weights: fp32 by parameter name; tokenizer_dir: holds tokenizer.json. Raises CheckpointError when the
     weights do not fit `config`, DataError for an unusable tokenizer, UserError when `out` is not empty.
@@ -73,7 +73,7 @@ def export_model(weights: dict[str, Tensor], config: ModelConfig, tokenizer_dir:
     load_weights(model, weights, "the checkpoint")
     with torch.no_grad():
         token_types = model.get_parameter("bert.embeddings.token_type_embeddings.weight")
-        token_types[1:] = token_types[0]
+        token_types[1:] += token_types[0]
     if config.architecture == "bert":
         # Without our unpadded face, so that config.json names a class that everyone has.
         plain = BertForMaskedLM(model.config)  # type: ignore[arg-type]
