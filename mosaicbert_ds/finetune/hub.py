@@ -1,5 +1,6 @@
 """GLUE from the Hugging Face hub, written as files of the official columns."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ def fetch_glue(spec: str, names: Sequence[str], folder: Path) -> dict[str, dict[
 
     Raises DataError where the hub cannot be reached or holds something else.
     """
+    folder /= hashlib.sha256(spec.encode()).hexdigest()[:12]
     return {name: {s: _fetch(spec, GLUE[name], s, folder) for s in GLUE[name].splits} for name in names}
 
 

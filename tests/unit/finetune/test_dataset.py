@@ -192,3 +192,5 @@ def test_the_hub_gives_the_same_rows_as_the_official_files(tmp_path: Path) -> No
     assert "label" not in json.loads(files["test"].read_text().splitlines()[0])
     with pytest.raises(DataError, match="cannot be opened for rte train"):
         fetch_glue(f"hf:{repository}", ["rte"], tmp_path / "fetched")
+    with pytest.raises(DataError, match="cannot be opened for mrpc train"):  # not the rows of the first
+        fetch_glue(f"hf:{repository}-2", ["mrpc"], tmp_path / "fetched")
