@@ -77,11 +77,12 @@ def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def shape_of(lengths: np.ndarray, sequences: int, *, padded: bool) -> Shape:
-    """The shape that rows of `lengths` are rounded up to. `padded`: the model computes every slot."""
+def shape_of(lengths: np.ndarray, sequences: int, *, padded_up_to: int | None) -> Shape:
+    """The shape that rows of `lengths` are rounded up to. `padded_up_to`: of a model that computes every
+    slot, the longest row that it takes; None for a model that does not."""
     longest = int(lengths.max())
-    if padded:
-        longest = _round_up(longest, _SMALLEST_LENGTH, _PADDED_LENGTH_STEPS)
+    if padded_up_to is not None:
+        longest = min(_round_up(longest, _SMALLEST_LENGTH, _PADDED_LENGTH_STEPS), padded_up_to)
         return Shape(sequences * longest, longest, sequences)
     tokens = _round_up(int(lengths.sum()), _SMALLEST_TOKENS, _TOKEN_STEPS)
     return Shape(tokens, _round_up(longest, _SMALLEST_LENGTH, 1), sequences)

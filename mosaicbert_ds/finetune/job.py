@@ -60,6 +60,10 @@ class JobSpec:
     save_every_s: float
 
     @property
+    def padded_up_to(self) -> int | None:
+        return self.config.max_length if self.pads else None
+
+    @property
     def work(self) -> Path:
         return self.jobs / f"{self.job.name}.work"
 
@@ -185,7 +189,9 @@ def _train(
         while trainer.steps_done < end:
             at = trainer.steps_done - epoch * steps_an_epoch
             chunk = batches[at : at + _CHUNK]
-            shapes = [shape_of(lengths[rows], row.batch_size, padded=spec.pads) for rows in chunk]
+            shapes = [
+                shape_of(lengths[rows], row.batch_size, padded_up_to=spec.padded_up_to) for rows in chunk
+            ]
             trainer.run(pack(train, chunk, shapes, spec.task.is_regression), shapes)
             if trainer.steps_done == job.steps:
                 break  # what is left, to evaluate, is shorter than a save
@@ -221,7 +227,7 @@ def _answer(spec: JobSpec, trainer: Trainer, split: EncodedSplit) -> np.ndarray:
     """(rows, outputs) fp32: the model's answers, in the order of the rows."""
     lengths = split.lengths
     batches = evaluation_batches(lengths, _EVALUATION_TOKENS[trainer.losses.device.type])
-    shapes = [shape_of(lengths[rows], len(rows), padded=spec.pads) for rows in batches]
+    shapes = [shape_of(lengths[rows], len(rows), padded_up_to=spec.padded_up_to) for rows in batches]
     parts = [
         trainer.logits(pack(split, [rows], [shape], spec.task.is_regression), shape, len(rows))
         for rows, shape in zip(batches, shapes, strict=True)

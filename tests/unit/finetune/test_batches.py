@@ -56,7 +56,8 @@ def test_packed_buffers_give_back_rows_types_and_labels(lengths, size, padded, i
         num_broken=0,
     )
     batches = epoch_batches(1, 0, lengths, size, shuffle=True, sort_window=1)
-    shapes = [shape_of(lengths[rows], size, padded=padded) for rows in batches]
+    up_to = int(lengths.max()) if padded else None
+    shapes = [shape_of(lengths[rows], size, padded_up_to=up_to) for rows in batches]
     packed, start = pack(split, batches, shapes, is_regression), 0
     for rows, shape in zip(batches, shapes, strict=True):
         inputs = views(packed[start : start + buffer_size(shape)], shape, is_regression)
@@ -78,7 +79,7 @@ def test_packed_buffers_give_back_rows_types_and_labels(lengths, size, padded, i
 def test_shapes_are_few_and_waste_little() -> None:
     """SST-2-like lengths, 4,000 batches of 16."""
     lengths = np.random.default_rng(0).gamma(2.0, 7.0, (4000, 16)).astype(int).clip(3, 256)
-    shapes = [shape_of(batch, 16, padded=False) for batch in lengths]
+    shapes = [shape_of(batch, 16, padded_up_to=None) for batch in lengths]
     assert len(set(shapes)) <= 40
     common = sorted((shapes.count(shape) for shape in set(shapes)), reverse=True)
     assert sum(common[:12]) > 0.9 * len(shapes), "a dozen captured graphs run nearly all steps"
@@ -87,9 +88,11 @@ def test_shapes_are_few_and_waste_little() -> None:
     assert all(shape.tokens % 4 == 0 for shape in shapes), "kernels see 16-byte addresses"
 
 
-@pytest.mark.parametrize(("longest", "rounded"), [(3, 16), (17, 32), (60, 64), (100, 112), (200, 224)])
+@pytest.mark.parametrize(
+    ("longest", "rounded"), [(3, 16), (17, 32), (60, 64), (100, 112), (200, 224), (240, 250), (250, 250)]
+)
 def test_a_model_that_pads_gets_lengths_near_the_longest(longest: int, rounded: int) -> None:
-    assert shape_of(np.array([3, longest]), 4, padded=True) == Shape(4 * rounded, rounded, 4)
+    assert shape_of(np.array([3, longest]), 4, padded_up_to=250) == Shape(4 * rounded, rounded, 4)
 
 
 @given(LENGTHS, st.integers(60, 400))

@@ -55,7 +55,7 @@ def _drop(model: torch.nn.Module) -> None:
 
 
 def run(trainer: Trainer, split: EncodedSplit, batches: list[np.ndarray], padded: bool) -> None:
-    shapes = [shape_of(split.lengths[rows], BATCH, padded=padded) for rows in batches]
+    shapes = [shape_of(split.lengths[rows], BATCH, padded_up_to=64 if padded else None) for rows in batches]
     trainer.run(pack(split, batches, shapes, False), shapes)
 
 
