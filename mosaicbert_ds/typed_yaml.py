@@ -127,7 +127,7 @@ def parse_overrides(overrides: Iterable[str]) -> Tree:
     tree: Tree = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
             raise ConfigError(
                 f"override '{text}' is not of the form key=value, such as optimizer.peak_lr=5e-4"
             )
@@ -221,7 +221,12 @@ def _explain(cls: type, fault: Any, source: str) -> str:
 def _suggest(cls: Any, path: list[str]) -> str:
     """`; did you mean 'x'?` or the list of keys that stand at this place."""
     for part in path[:-1]:
+        if not dataclasses.is_dataclass(cls):  # of a dict[str, X] every key is an X
+            cls = typing.get_args(cls)[1]
+            continue
         cls = typing.get_type_hints(cls).get(part)
+        if typing.get_origin(cls) is dict:
+            continue
         options = [c for c in (cls, *typing.get_args(cls)) if dataclasses.is_dataclass(c)]
         if not options:
             return ""
