@@ -9,22 +9,27 @@ before may stand for its runs: its points are taken as they are.
 """
 
 import csv
+import hashlib
 import io
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mosaicbert_ds import tables
-from mosaicbert_ds.data.files import write_durably
+from mosaicbert_ds.data.files import sha256_of, write_durably
 from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mosaicbert_ds.finetune.config import FinetuneConfig, load_finetune_recipe
 from mosaicbert_ds.finetune.models import of_checkpoint
-from mosaicbert_ds.finetune.suite import Devices, Request, finetune, glue_request, stoppable
+from mosaicbert_ds.finetune.plan import FORMAT_VERSION as JOB_FORMAT
+from mosaicbert_ds.finetune.suite import Devices, Request, finetune, glue_request, precision_of, stoppable
 from mosaicbert_ds.finetune.tasks import GLUE
+from mosaicbert_ds.model.export import FORMAT_VERSION as EXPORT_FORMAT
 from mosaicbert_ds.training.checkpoint import Checkpoint, open_verified, saved_steps
+from mosaicbert_ds.typed_yaml import to_tree
 
 # Read off the published plot, 8 A100 (https://arxiv.org/abs/2312.17482): hours and GLUE in percent.
 PUBLISHED: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -62,10 +67,25 @@ class Point:
     high: float
     tasks: int
     is_official: bool  # all of GLUE's tasks on the official files, whole: it compares with published scores
+    protocol: str  # the same for points that were finetuned alike, see `protocol_of`
     by_task: Mapping[str, TaskScore]
 
 
-def point_of(curve: str, run: str, checkpoint: Checkpoint, results: Mapping[str, Any]) -> Point:
+def protocol_of(config: FinetuneConfig, files: Mapping[str, Mapping[str, Path]]) -> str:
+    """A fingerprint of what decides a score beside the checkpoint: recipe, seeds, files, our own formats."""
+    facts = {
+        "recipe": to_tree(config) | {"precision": precision_of(config)},
+        "files": {
+            task: {split: sha256_of(path) for split, path in files[task].items()} for task in config.tasks
+        },
+        "formats": [EXPORT_FORMAT, JOB_FORMAT],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def point_of(
+    curve: str, run: str, checkpoint: Checkpoint, results: Mapping[str, Any], protocol: str
+) -> Point:
     """The checkpoint's place on the curve. Time is that of training, without evaluation and saving; GPUs and
     price are those of the start that wrote it."""
     state, average = checkpoint.state, results["average"]
@@ -85,20 +105,26 @@ def point_of(curve: str, run: str, checkpoint: Checkpoint, results: Mapping[str,
         high=average["interval"][1],
         tasks=average["tasks"],
         is_official=average["is_official"],
+        protocol=protocol,
         by_task={name: TaskScore(row["score"], row["std"]) for name, row in results["tasks"].items()},
     )
 
 
-def named_run(text: str) -> tuple[str, Path]:
-    """CURVE=RUN, or RUN alone, whose name is its curve's."""
+def named_run(text: str) -> tuple[str | None, Path]:
+    """CURVE=RUN, or RUN alone."""
     curve, equals, run = text.partition("=")
     if not equals or Path(text).exists():  # a folder may have "=" in its name
-        return Path(text).resolve().name, Path(text)
+        return None, Path(text)
     return curve, Path(run)
 
 
+def _is_of_before(run: Path) -> bool:
+    """Whether `run` is an OUT of before; one that is a run's folder too counts as the run."""
+    return (run / _TABLE).is_file() and not (run / "checkpoints").is_dir()
+
+
 def pareto(
-    runs: Sequence[tuple[str, Path]],
+    runs: Sequence[tuple[str | None, Path]],
     config: FinetuneConfig,
     files: Mapping[str, Mapping[str, Path]],
     out: Path,
@@ -108,26 +134,31 @@ def pareto(
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> list[Point]:
     """Score every checkpoint of `runs` that has not been scored, and write tables and pictures. `runs`: pairs
-    of a curve and a run's folder.
+    of a curve (None: named as its run, or as in the OUT of before) and a folder.
 
-    Raises CheckpointError for a run without checkpoints, StoppedError if asked to stop, TrainingError when
-    jobs have failed, after what has a score is written.
+    Raises ConfigError for scores that do not compare, CheckpointError for a run without checkpoints,
+    StoppedError if asked to stop, TrainingError when jobs have failed, after what has a score is written.
     """
-    before = [run / _TABLE for _, run in runs if (run / _TABLE).is_file()]
     points: dict[tuple[str, str, int], Point] = {}
-    for table in before:
-        for point in _read(table):
+    for curve, run in runs:
+        for point in _read(run / _TABLE, curve) if _is_of_before(run) else []:
             if points.setdefault(_name(point), point) != point:
                 raise ConfigError(
-                    f"{table} has another score of {point.run} step {point.step}, curve {point.curve}, than "
-                    "the table before it; leave one out, or give its curve another name in the file"
+                    f"{run / _TABLE} has another score of {point.run} step {point.step}, curve {point.curve}"
+                    f", than the table before it; leave one out, or give its curve another name, NAME={run}"
                 )
-    runs = [(curve, run) for curve, run in runs if run / _TABLE not in before]
+    runs = [(curve, run) for curve, run in runs if not _is_of_before(run)]
     scored = [set(point.by_task) for point in points.values()] + ([set(config.tasks)] if runs else [])
     if other := next((tasks for tasks in scored if tasks != scored[0]), None):
         one, two = (" ".join(task for task in GLUE if task in tasks) for tasks in (scored[0], other))
         raise ConfigError(
             f"means of {one} and of {two} do not compare; give --tasks {one}, or another --out of before"
+        )
+    protocol = protocol_of(config, files) if runs else ""
+    if len({point.protocol for point in points.values()} | ({protocol} if runs else set())) > 1:
+        raise ConfigError(
+            "scores by different finetuning recipes, seeds, GLUE files or versions do not compare; score all "
+            "runs with the same --recipe, --set, --seeds and --glue-dir"
         )
     names = [run.resolve().name for _, run in runs]
     if len(set(names)) < len(names):
@@ -137,7 +168,7 @@ def pareto(
         folders = saved_steps(run / "checkpoints")[::-1]
         if not folders:
             raise CheckpointError(f"{run} holds no checkpoint; give a run's folder")
-        todo += [(curve, name, folder) for folder in folders]
+        todo += [(curve or name, name, folder) for folder in folders]
     if points:
         _write(points.values(), out)
     complaints = []
@@ -155,7 +186,7 @@ def pareto(
         except (CheckpointError, TrainingError) as error:  # removed by its run meanwhile, damaged, diverged
             complaints.append(f"{name} {folder.name}: {error}")
             continue
-        point = point_of(curve, name, checkpoint, results)
+        point = point_of(curve, name, checkpoint, results, protocol)
         points[_name(point)] = point
         _write(points.values(), out)
         # What was needed to start from takes gigabytes a checkpoint; the answers stay.
@@ -195,12 +226,12 @@ def _row_of(point: Point) -> dict[str, Any]:
     return row
 
 
-def _read(table: Path) -> list[Point]:
-    """The points that `_write` wrote. Raises DataError for another table."""
+def _read(table: Path, curve: str | None) -> list[Point]:
+    """The points that `_write` wrote, all of `curve` if it is given. Raises DataError for another table."""
     with table.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     try:
-        return [
+        points = [
             Point(
                 **{field.name: _TYPES[field.name](row[field.name]) for field in fields(Point)[:-1]},
                 by_task={
@@ -213,6 +244,11 @@ def _read(table: Path) -> list[Point]:
         ]
     except (KeyError, ValueError) as error:
         raise DataError(f"{table} is no table of `mosaicbert pareto` ({error}); make it again") from None
+    if curve is None:
+        return points
+    if len(curves := {point.curve for point in points}) > 1:
+        raise ConfigError(f"{table} holds the curves {', '.join(curves)}; give it without {curve}=")
+    return [replace(point, curve=curve) for point in points]
 
 
 def _number(text: str) -> float | None:
@@ -220,7 +256,7 @@ def _number(text: str) -> float | None:
 
 
 _TYPES: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("curve", "run"), str),
+    **dict.fromkeys(("curve", "run", "protocol"), str),
     **dict.fromkeys(("step", "samples", "tasks"), int),
     **dict.fromkeys(("hours", "gpu_hours", "score", "low", "high"), float),
     "dollars": _number,
@@ -342,7 +378,7 @@ def pareto_command(
     named = [named_run(run) for run in runs]
     if glue_dir is not None:
         config, files = glue_request(request, glue_dir, tasks, from_pretrained)
-    elif unscored := [run for _, run in named if not (run / _TABLE).is_file()]:
+    elif unscored := [run for _, run in named if not _is_of_before(run)]:
         raise ConfigError(f"{unscored[0]} has no score yet; give --glue-dir, the folder of the GLUE files")
     else:
         config, files = load_finetune_recipe(request.recipe, request.overrides), {}

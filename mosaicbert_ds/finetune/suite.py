@@ -74,6 +74,13 @@ def glue_files(glue_dir: Path, names: Sequence[str]) -> dict[str, dict[str, Path
     return files
 
 
+def precision_of(config: FinetuneConfig) -> str:
+    """bf16 or fp32."""
+    if config.precision == "auto":
+        return "bf16" if torch.cuda.is_available() else "fp32"
+    return config.precision
+
+
 def finetune(
     config: FinetuneConfig,
     tasks: Mapping[str, Task],
@@ -98,9 +105,7 @@ def finetune(
     jobs_folder.mkdir(exist_ok=True)
     tokenizer = pretrained.tokenizer(cache)
     check_fits(pretrained, tokenizer, config.max_length)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    precision = precision_of(config)
     recipe = yaml.safe_dump(to_tree(config), sort_keys=False, default_flow_style=None)
     write_durably(report / "recipe.yaml", recipe.encode())
 

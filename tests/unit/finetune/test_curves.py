@@ -74,6 +74,7 @@ def test_each_checkpoint_of_a_run_is_scored_once(
     points, more_jobs = score()
     assert len(first) == 1 and points[0] == first[0] and len(jobs) == 2 and len(more_jobs) == 4
     assert jobs.items() <= more_jobs.items(), "what had a score was not run again"
+    assert len({p["protocol"] for p in points}) == 1
     assert [(p["run"], p["step"], p["samples"]) for p in points] == [
         ("my run", "1", "4096"),
         ("my run", "2", "8192"),
@@ -95,6 +96,9 @@ def test_each_checkpoint_of_a_run_is_scored_once(
     scored = pareto([("mosaic", run)], again, files, out, devices=Devices())
     assert len(list(out.glob("jobs/*/result.json"))) == 6
 
+    (run / "pareto.csv").write_text("of before")  # as after `--out RUN`; a folder with checkpoints is a run
+    assert pareto([("mosaic", run)], again, files, out, devices=Devices()) == scored
+
     # What was scored elsewhere joins the picture by its table alone.
     shutil.rmtree(run)
     assert pareto([named_run(str(out))], again, files, tmp_path / "joined", devices=Devices()) == scored
@@ -105,6 +109,13 @@ def test_each_checkpoint_of_a_run_is_scored_once(
         _save(tmp_path / "other", 1, models["tokenizer"])
         alone = choose_tasks(changed, ["rte"], [1], from_pretrained=True)
         pareto([named_run(str(out)), ("other", tmp_path / "other")], alone, files, out, devices=Devices())
+    with pytest.raises(
+        ConfigError, match="scores by different finetuning recipes, seeds, GLUE files or versions"
+    ):
+        pareto([named_run(str(out)), (None, tmp_path / "other")], config, files, out, devices=Devices())
+    assert {
+        p.curve for p in pareto([("old", out)], again, files, tmp_path / "renamed", devices=Devices())
+    } == {"old"}
     table = (out / "pareto.csv").read_text().splitlines()
     for runs, code in (([out], 0), ([out, tmp_path / "other"], 2)):
         assert cli.main(["pareto", *map(str, runs), "--out", str(tmp_path / "by its table")]) == code
@@ -124,6 +135,8 @@ def test_each_checkpoint_of_a_run_is_scored_once(
         else:
             with pytest.raises(ConfigError, match="has another score of my run step 1, curve mosaic"):
                 pareto(both, again, files, tmp_path / "both", devices=Devices())
+            both = [named_run(str(out)), named_run(f"copy={copy}")]
+            assert len(pareto(both, again, files, tmp_path / "both", devices=Devices())) == 2 * len(scored)
     lines = (tmp_path / "joined/pareto.md").read_text().splitlines()
     assert "| MNLI | RTE |" in lines[0] and lines[3].startswith("| mosaic | 8.0 | 20.00 |")
     assert len(lines) == 6 and "NOT comparable with published GLUE" in lines[5]
@@ -135,7 +148,8 @@ def test_each_checkpoint_of_a_run_is_scored_once(
 def _point(curve: str, minutes: float, score: float, is_official: bool = False) -> Point:
     return Point(
         curve=curve, run=f"{curve}-{minutes}", step=1, samples=1, hours=minutes / 60, gpu_hours=minutes / 60,
-        dollars=None, score=score, low=score, high=score, tasks=8, is_official=is_official, by_task={},
+        dollars=None, score=score, low=score, high=score, tasks=8, is_official=is_official,
+        protocol="", by_task={},
     )  # fmt: skip
 
 
