@@ -127,7 +127,7 @@ def parse_overrides(overrides: Iterable[str]) -> Tree:
     tree: Tree = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
             raise ConfigError(
                 f"override '{text}' is not of the form key=value, such as optimizer.peak_lr=5e-4"
             )
