@@ -66,12 +66,12 @@ def main(argv: list[str] | None = None) -> int:
         "versions": versions(),
         "world_size": plan.world_size,
     }
-    checkpoint, notes = None, list[str]()
+    checkpoint, notes, lock = None, list[str](), None
     if dist.is_main():
         checkpoint, notes = saving.choose_checkpoint(args.resume, args.out / "checkpoints")
         if checkpoint:
             notes += saving.check_fits(checkpoint, facts)
-        open_run_folder(args.out, recipe.to_yaml(), ds_config, tokenizer.folder)
+        lock = open_run_folder(args.out, recipe.to_yaml(), ds_config, tokenizer.folder)
 
     # -- the parts
     show_stack_on_request()
@@ -156,6 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         if telemetry:
             telemetry.close()
         saver.wait()
+        if lock:
+            lock.close()
     if not finished:
         dist.barrier()  # launchers end all ranks when the first has left: not before the main one has written
     if not finished and dist.is_main():

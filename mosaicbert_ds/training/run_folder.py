@@ -7,14 +7,17 @@ RUN/metrics.jsonl  tensorboard/  checkpoints/
 """
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -22,22 +25,54 @@ from mosaicbert_ds import dist
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.training.checkpoint import make_folder
 
+# How long a process that was killed may take to be gone, and its lock with it.
+_GONE_S = 20.0
 _PACKAGES = ("mosaicbert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy")
 
 
-def open_run_folder(run: Path, recipe_yaml: str, ds_config: dict[str, Any], tokenizer: Path) -> None:
-    """Make the folder and write down what this start is. Raises ConfigError if it cannot be written."""
+def open_run_folder(run: Path, recipe_yaml: str, ds_config: dict[str, Any], tokenizer: Path) -> TextIO:
+    """Make the folder, keep other starts on this host out while the file returned is open, and write down
+    what this start is. Raises ConfigError if another is at work there, or nothing can be written."""
     try:
         make_folder(run)
+        lock = _lock(run)
         (run / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         (run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
         shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
         with (run / "launches.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(_this_launch()) + "\n")
+        return lock
     except OSError as error:
         raise ConfigError(
             f"--out {run} cannot be written: {error.strerror or error}; give another folder"
         ) from None
+
+
+def _lock(run: Path) -> TextIO:
+    """Hold RUN/.lock. A holder on another host is let be: a shared disk keeps the lock of a lost host for a
+    while, and the run has to go on without it."""
+    file, me = (run / ".lock").open("a+", encoding="utf-8"), f"process {os.getpid()} of {platform.node()}"
+    give_up_at = time.monotonic() + _GONE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read()
+            if holder == me or not holder.endswith(f" of {platform.node()}"):
+                return file
+            if time.monotonic() > give_up_at:
+                raise ConfigError(
+                    f"--out {run} is being written by {holder}; stop that run, or give another folder"
+                ) from None
+            time.sleep(0.5)
+        except OSError:  # a file system without locks
+            return file
+    file.truncate(0)
+    file.write(me)
+    file.flush()
+    return file
 
 
 def versions() -> dict[str, str]:
