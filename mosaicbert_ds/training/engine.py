@@ -71,12 +71,24 @@ def init_distributed() -> None:
 
     if on_gpu:
         torch.cuda.set_device(dist.local_rank())
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo",
-        auto_mpi_discovery=False,
-        timeout=_RENDEZVOUS_TIMEOUT,
-        verbose=False,
-    )
+    try:
+        if not on_gpu:
+            # All meet before any loads DeepSpeed's extension: where the main rank has refused to start, the
+            # others are ended while they wait for it, and none leaves a lock that later starts wait for.
+            torch.distributed.init_process_group("gloo", timeout=_RENDEZVOUS_TIMEOUT)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=False,
+            timeout=_RENDEZVOUS_TIMEOUT,
+            verbose=False,
+        )
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} is in use, perhaps by another run; "
+            "give the launcher another --master_port, or stop that run"
+        ) from None
 
 
 def build_engine(
