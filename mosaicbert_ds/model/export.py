@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
     PreTrainedModel,
@@ -97,12 +98,17 @@ def write_folder(model: PreTrainedModel, tokenizer_dir: Path | None, out: Path) 
                     f"the tokenizer in {tokenizer_dir} has {len(tokenizer)} tokens, the model only "
                     f"{model.config.vocab_size}; give the tokenizer that the model was trained with"
                 )
+            if isinstance(model.config, BertConfig):  # what is longer has no position
+                longest = model.config.max_position_embeddings
+                tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
             tokenizer.save_pretrained(folder)
             model.config.pad_token_id = tokenizer.pad_token_id
         if isinstance(model, mosaicbert.MosaicBertPreTrainedModel):
             model.config.auto_map = AUTO_MAP
             (folder / f"{MODELING_FILE}.py").write_text(modeling_source(), encoding="utf-8")
         model.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # written for the owner's eyes alone
+            weights.chmod((folder / "config.json").stat().st_mode)
         _check_logits(model, folder)
         folder.rename(out)
 

@@ -147,6 +147,10 @@ def test_a_bert_export_is_a_plain_hugging_face_folder(tokenizer_dir, tmp_path):
     export_model(weights_of(trained(config)), config, tokenizer_dir, tmp_path / "out")
     model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert type(model) is BertForMaskedLM
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.model_max_length == config.max_position_embeddings, "what is longer is cut, not an error"
+    weights, facts = (tmp_path / "out" / name for name in ("model.safetensors", "config.json"))
+    assert weights.stat().st_mode == facts.stat().st_mode, "whoever may read one may read the other"
 
 
 def test_export_refuses_to_overwrite(tokenizer_dir, tmp_path):
