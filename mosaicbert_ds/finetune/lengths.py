@@ -37,7 +37,7 @@ class LengthLoss:
     masked: int
     loss: float
     std_error: float  # of the mean, over pieces
-    by_position: list[float]
+    by_position: list[float | None]  # None where nothing was masked: the ends never are
 
 
 def evaluate_lengths(
@@ -130,14 +130,17 @@ def _loss_at(
     sums, counts = (np.bincount(places // length, weights, len(pieces)) for weights in (losses, None))
     of_piece = sums[counts > 0] / counts[counts > 0]
     part = (places % length) * _BINS // length
-    by_position = np.bincount(part, losses, _BINS) / np.maximum(np.bincount(part, minlength=_BINS), 1)
+    by_position, masked = np.bincount(part, losses, _BINS), np.bincount(part, minlength=_BINS)
     return LengthLoss(
         length=length,
         pieces=len(pieces),
         masked=len(places),
         loss=float(losses.mean()),
         std_error=float(of_piece.std() / np.sqrt(len(of_piece))),
-        by_position=[round(float(loss), 4) for loss in by_position],
+        by_position=[
+            round(loss / n, 4) if n else None
+            for loss, n in zip(by_position.tolist(), masked.tolist(), strict=True)
+        ],
     )
 
 
@@ -149,8 +152,8 @@ def table(losses: Sequence[LengthLoss]) -> str:
     ]
     for row in losses:
         counts = f"{row.length} | {row.pieces:,} | {row.masked:,}"
-        ends = f"{row.by_position[0]:.3f} | {row.by_position[-1]:.3f}"
-        lines.append(f"| {counts} | {row.loss:.3f} | {row.std_error:.3f} | {ends} |")
+        ends = ["" if end is None else f"{end:.3f}" for end in (row.by_position[0], row.by_position[-1])]
+        lines.append(f"| {counts} | {row.loss:.3f} | {row.std_error:.3f} | {ends[0]} | {ends[1]} |")
     return "\n".join(lines) + "\n"
 
 

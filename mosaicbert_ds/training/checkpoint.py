@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -103,10 +104,13 @@ def newest_verified(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The newest whole step of the run in `path`, or the step in `path`. Raises CheckpointError."""
+    """The newest whole step of the run in `path`, or the step in `path`; a newer one that is damaged is told
+    on stderr. Raises CheckpointError."""
     if (path / "manifest.json").is_file():
         return open_verified(path)
-    checkpoint, _ = newest_verified(path / "checkpoints")
+    checkpoint, complaints = newest_verified(path / "checkpoints")
+    for line in complaints:
+        print(line, file=sys.stderr)
     if checkpoint is None:
         raise CheckpointError(
             f"{path} holds no checkpoint; give a run's folder or one of its checkpoints/step-N"
@@ -117,10 +121,12 @@ def find_checkpoint(path: Path) -> Checkpoint:
 def open_verified(path: Path) -> Checkpoint:
     """Check every file of the step against its manifest. Raises CheckpointError naming the file."""
     manifest = _read_json(path / "manifest.json")
-    if manifest.get("format") != FORMAT:
+    if "format" not in manifest:
         raise CheckpointError(
-            f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}"
+            f"{path} is no step of a run; give a run's folder or one of its checkpoints/step-N"
         )
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
     expected = {f"{kind}.safetensors" for kind in KINDS} | {"state.json"}
     listed = manifest.get("files")
     if not isinstance(listed, dict) or set(listed) != expected:

@@ -14,7 +14,8 @@ _POINTS_ON_CURVE = 200
 def plot_loss(runs: Sequence[Path], out: Path) -> None:
     """Draw training and held-out loss of `runs` against samples seen to `out` (.png, .svg or .pdf).
 
-    Raises DataError for a folder without metrics, ConfigError where matplotlib is missing.
+    Raises DataError for a folder without metrics, ConfigError where matplotlib is missing or `out` cannot be
+    written.
     """
     try:
         from matplotlib.figure import Figure
@@ -43,7 +44,11 @@ def plot_loss(runs: Sequence[Path], out: Path) -> None:
     axes.set(xlabel="samples seen", ylabel="loss, nats a masked token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(out, dpi=150)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:  # ValueError: of a suffix that matplotlib does not know
+        raise ConfigError(f"{out} cannot be written: {error}; give a .png, .svg or .pdf") from None
 
 
 def _read(run: Path) -> list[dict[str, Any]]:

@@ -207,6 +207,9 @@ def test_loss_by_length_is_the_models_own_loss_on_the_same_tokens(
         assert np.mean(row.by_position) == pytest.approx(row.loss, abs=0.05)
         assert 0 < row.std_error < 0.1
     assert all((tmp_path / name).exists() for name in ("lengths.json", "lengths.md", "lengths.png"))
+    (ends,) = evaluate_lengths(models[architecture], [text], [16], tmp_path, "text", 2048)
+    assert ends.by_position[0] is None and all(ends.by_position[1:-1]), "the ends are never masked"
+    assert (tmp_path / "lengths.md").read_text().endswith(" |  |  |\n")
 
 
 def test_loss_by_length_is_what_hugging_faces_labels_give(models: dict[str, Path], tmp_path: Path) -> None:
