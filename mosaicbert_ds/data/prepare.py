@@ -167,7 +167,7 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
         earlier = read_manifest(folder)["settings"]
     elif work.exists():
         earlier = json.loads(work.read_text())
-    elif folder.exists() and any(path.name != "work" for path in folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(path.name != "work" for path in folder.iterdir())):
         raise DataError(f"{folder} holds other things; choose a new folder")
     else:
         write_durably(work, json.dumps(settings).encode())

@@ -25,6 +25,7 @@ from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError, Traini
 from mosaicbert_ds.finetune.config import FinetuneConfig, load_finetune_recipe
 from mosaicbert_ds.finetune.models import of_checkpoint
 from mosaicbert_ds.finetune.plan import FORMAT_VERSION as JOB_FORMAT
+from mosaicbert_ds.finetune.report import make_out
 from mosaicbert_ds.finetune.suite import Devices, Request, finetune, glue_request, precision_of, stoppable
 from mosaicbert_ds.finetune.tasks import GLUE
 from mosaicbert_ds.model.export import FORMAT_VERSION as EXPORT_FORMAT
@@ -139,6 +140,7 @@ def pareto(
     Raises ConfigError for scores that do not compare, CheckpointError for a run without checkpoints,
     StoppedError if asked to stop, TrainingError when jobs have failed, after what has a score is written.
     """
+    make_out(out)
     points: dict[tuple[str, str, int], Point] = {}
     for curve, run in runs:
         for point in _read(run / _TABLE, curve) if _is_of_before(run) else []:
