@@ -72,7 +72,7 @@ def init_distributed() -> None:
     if on_gpu:
         torch.cuda.set_device(dist.local_rank())
     try:
-        if not on_gpu:
+        if not on_gpu and not torch.distributed.is_initialized():
             # All meet before any loads DeepSpeed's extension: where the main rank has refused to start, the
             # others are ended while they wait for it, and none leaves a lock that later starts wait for.
             torch.distributed.init_process_group("gloo", timeout=_RENDEZVOUS_TIMEOUT)
