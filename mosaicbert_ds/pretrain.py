@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from mosaicbert_ds import dist
-from mosaicbert_ds.config import describe, load_recipe, shipped_recipes
+from mosaicbert_ds.config import RunConfig, describe, load_recipe, shipped_recipes
 from mosaicbert_ds.data.loader import evaluation_batches, pretraining_batches
 from mosaicbert_ds.data.shards import ShardSet
-from mosaicbert_ds.data.tokenizer import load_tokenizer
+from mosaicbert_ds.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mosaicbert_ds.errors import ConfigError, UserError
 from mosaicbert_ds.model import build_pretraining_model, count_parameters
 from mosaicbert_ds.ops import choose_kernels
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     ds_config = resolve_ds_config(read_ds_config(recipe.engine), recipe.engine, plan)
     check_optimizer(recipe.optimizer, ds_config)
     if args.dry_run:
+        if args.data is not None:
+            _open_data(args.data, recipe)
         print(describe(recipe, plan, ds_config))
         return 0
 
@@ -52,11 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             "--data and --out are needed: the folder of `mosaicbert data prepare`, and one for the run"
         )
-    shards, held_out = ShardSet.open(args.data, "train"), ShardSet.open(args.data, "val")
-    tokenizer = load_tokenizer(args.data / "tokenizer")
-    shards.check_tokenizer(tokenizer)
-    shards.check_settings(recipe.data)
-    recipe.check_vocabulary(tokenizer.vocab_size)
+    shards, held_out, tokenizer = _open_data(args.data, recipe)
     kernels = choose_kernels(recipe.engine.kernels)
     facts = {
         "recipe": to_tree(recipe),
@@ -167,6 +165,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if finished else EXIT_STOPPED
 
 
+def _open_data(folder: Path, recipe: RunConfig) -> tuple[ShardSet, ShardSet, LoadedTokenizer]:
+    """Training shards, held-out shards and their tokenizer, which the recipe can take."""
+    shards, held_out = ShardSet.open(folder, "train"), ShardSet.open(folder, "val")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    shards.check_tokenizer(tokenizer)
+    shards.check_settings(recipe.data)
+    recipe.check_vocabulary(tokenizer.vocab_size)
+    return shards, held_out, tokenizer
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="deepspeed mosaicbert_ds/pretrain.py",
@@ -183,7 +191,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|STEP_DIR", help="where to start from (default: auto)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what would be run, look at --data if it is given, and stop",
+    )
     parser.add_argument("--world-size", type=int, metavar="N", help="with --dry-run: plan for N ranks")
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS

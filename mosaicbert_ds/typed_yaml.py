@@ -109,7 +109,8 @@ def read_yaml(path: Path) -> Tree:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     tree = _load(text, str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of keys to values")
+        found = "nothing" if tree is None else type(tree).__name__
+        raise ConfigError(f"{path} holds {found}, not a mapping of keys to values")
     return tree
 
 

@@ -100,7 +100,8 @@ def mistake(tmp_path: Path, corpus: Path, *changes: str, data: Path | None = Non
 
 
 def test_a_newcomers_mistakes_are_one_sentence_each(corpus: Path, tmp_path: Path, launcher: Launcher) -> None:
-    assert "nowhere" in mistake(tmp_path, corpus, data=tmp_path / "nowhere")
+    for more in ([], ["--dry-run"]):
+        assert "nowhere" in mistake(tmp_path, corpus, *more, data=tmp_path / "nowhere")
     message = mistake(tmp_path, corpus, "batch.micro_batch_size=3")
     assert (
         "batch.global_batch_size 8 is not micro batch 3" in message

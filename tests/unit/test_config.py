@@ -289,7 +289,7 @@ def test_words_flags_and_lists_are_checked(path: Any, value: str, folder: Path) 
         ("seed: " + "[" * 5000, "is not valid YAML"),
         ("seed: [1\n", "is not valid YAML"),
         ("- seed\n", "holds list, not a mapping"),
-        ("", "holds NoneType, not a mapping"),
+        ("", "holds nothing, not a mapping"),
         ("extends: [tiny]\n", "extends is ['tiny']; allowed is"),
         ("extends:\n", "extends is None; allowed is"),
         ("extends: tinny\n", "mine.yaml: extends 'tinny' is unknown; allowed are bert-base, "),
