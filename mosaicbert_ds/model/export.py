@@ -107,7 +107,7 @@ def write_folder(model: PreTrainedModel, tokenizer_dir: Path | None, out: Path) 
             model.config.auto_map = AUTO_MAP
             (folder / f"{MODELING_FILE}.py").write_text(modeling_source(), encoding="utf-8")
         model.save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):  # written for the owner's eyes alone
+        for weights in folder.glob("*.safetensors"):  # safetensors gives them to the owner alone
             weights.chmod((folder / "config.json").stat().st_mode)
         _check_logits(model, folder)
         folder.rename(out)

@@ -60,7 +60,7 @@ def _lock(run: Path) -> TextIO:
         except BlockingIOError:
             file.seek(0)
             holder = file.read()
-            if holder == me or not holder.endswith(f" of {platform.node()}"):
+            if holder == me or (holder and not holder.endswith(f" of {platform.node()}")):
                 return file
             if time.monotonic() > give_up_at:
                 raise ConfigError(
