@@ -90,6 +90,8 @@ def test_the_short_recipes_differ_in_the_model_its_compiling_and_the_optimizer_a
     )
     assert baseline.model == dataclasses.replace(bert, hidden_dropout=0.0, attention_dropout=0.0)
     assert baseline.engine == dataclasses.replace(ours.engine, compile=True)
+    differs = {name: getattr(ours.optimizer, name) for name in ("name", "peak_lr", "muon")}
+    assert dataclasses.replace(baseline.optimizer, **differs) == ours.optimizer
     same = {name: getattr(ours, name) for name in ("model", "engine", "optimizer")}
     assert dataclasses.replace(baseline, **same) == ours
     with pytest.raises(ConfigError, match=r"engine\.compile is true with model\.architecture mosaicbert"):
