@@ -1,9 +1,11 @@
 """Files that survive a power cut, their hashes, and the little tables that the commands print."""
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mosaicbert_ds.errors import DataError
 
@@ -12,6 +14,11 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_facts(facts: dict[str, Any]) -> str:
+    """Hex sha256 of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def write_durably(path: Path, *parts: bytes | memoryview) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mosaicbert_ds.data.config import DataConfig
-from mosaicbert_ds.data.files import Summary, sha256_of, write_durably
+from mosaicbert_ds.data.files import Summary, sha256_of, sha256_of_facts, write_durably
 from mosaicbert_ds.data.tokenizer import LoadedTokenizer
 from mosaicbert_ds.errors import DataError
 
@@ -110,7 +110,7 @@ def _describe(blob: np.ndarray) -> str:
 def fingerprint_of(manifest: dict[str, Any]) -> str:
     """sha256 over everything that the manifest states: content, order and settings."""
     stated = {key: value for key, value in manifest.items() if key != "fingerprint"}
-    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+    return sha256_of_facts(stated)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ the code in the folder.
 """
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 from transformers.utils import logging as transformers_logging
 
 from mosaicbert_ds.config import RunConfig
-from mosaicbert_ds.data.files import sha256_of, write_durably
+from mosaicbert_ds.data.files import sha256_of, sha256_of_facts, write_durably
 from mosaicbert_ds.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mosaicbert_ds.errors import CheckpointError, ConfigError, UserError
 from mosaicbert_ds.finetune.tasks import Task
@@ -97,7 +96,10 @@ def find_pretrained(source: Path, exports: Path) -> Pretrained:
             )
         _read_config(source)
         return Pretrained(
-            source, _hash({p.name: sha256_of(p) for p in (source / "config.json", *files)}), source, None
+            source,
+            sha256_of_facts({p.name: sha256_of(p) for p in (source / "config.json", *files)}),
+            source,
+            None,
         )
     if not (source / "manifest.json").is_file() and not (source / "checkpoints").is_dir():
         raise CheckpointError(
@@ -108,7 +110,7 @@ def find_pretrained(source: Path, exports: Path) -> Pretrained:
 
 def of_checkpoint(checkpoint: Checkpoint, exports: Path) -> Pretrained:
     """A step of a run as a model to start from, to be exported below `exports`."""
-    fingerprint = _hash(
+    fingerprint = sha256_of_facts(
         {
             "files": sha256_of(checkpoint.path / "manifest.json"),
             "model": checkpoint.state["recipe"]["model"],
@@ -128,10 +130,6 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path) -> None:
 
 def _tokenizer_of(checkpoint: Checkpoint) -> Path:
     return checkpoint.path.parent.parent / "tokenizer"
-
-
-def _hash(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _read_config(folder: Path) -> MosaicBertConfig | BertConfig:

@@ -9,10 +9,8 @@ before may stand for its runs: its points are taken as they are.
 """
 
 import csv
-import hashlib
 import io
 import itertools
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mosaicbert_ds import tables
-from mosaicbert_ds.data.files import sha256_of, write_durably
+from mosaicbert_ds.data.files import sha256_of, sha256_of_facts, write_durably
 from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mosaicbert_ds.finetune.config import FinetuneConfig, load_finetune_recipe
 from mosaicbert_ds.finetune.models import of_checkpoint
@@ -81,7 +79,7 @@ def protocol_of(config: FinetuneConfig, files: Mapping[str, Mapping[str, Path]])
         },
         "formats": [EXPORT_FORMAT, JOB_FORMAT],
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return sha256_of_facts(facts)[:12]
 
 
 def point_of(
@@ -142,14 +140,15 @@ def pareto(
     """
     make_out(out)
     points: dict[tuple[str, str, int], Point] = {}
-    for curve, run in runs:
-        for point in _read(run / _TABLE, curve) if _is_of_before(run) else []:
+    before = [(curve, run) for curve, run in runs if _is_of_before(run)]
+    runs = [pair for pair in runs if pair not in before]
+    for curve, run in before:
+        for point in _read(run / _TABLE, curve):
             if points.setdefault(_name(point), point) != point:
                 raise ConfigError(
                     f"{run / _TABLE} has another score of {point.run} step {point.step}, curve {point.curve}"
                     f", than the table before it; leave one out, or give its curve another name, NAME={run}"
                 )
-    runs = [(curve, run) for curve, run in runs if not _is_of_before(run)]
     scored = [set(point.by_task) for point in points.values()] + ([set(config.tasks)] if runs else [])
     if other := next((tasks for tasks in scored if tasks != scored[0]), None):
         one, two = (" ".join(task for task in GLUE if task in tasks) for tasks in (scored[0], other))

@@ -1,12 +1,11 @@
 """Pure: from a recipe to the ordered list of jobs. A job is one task with one seed."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mosaicbert_ds.data.files import sha256_of_facts
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.finetune.config import LARGEST_SEED, PRETRAINED, FinetuneConfig
 from mosaicbert_ds.finetune.tasks import Task
@@ -121,7 +120,7 @@ def plan_jobs(
                 after=after.name if after else None,
                 keep_model=keep_models or name in parents,
                 steps=row.epochs * -(-data[name].num_rows // row.batch_size),
-                fingerprint=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
+                fingerprint=sha256_of_facts(facts),
             )
     # What others wait for first, then the longest: the last job to end should be a short one. A stable sort
     # by depth of the stage keeps each behind its start.
