@@ -209,7 +209,8 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document | BadInput]:
     with pq.ParquetFile(path) as file:
         if text_field not in file.schema_arrow.names:
             columns = ", ".join(file.schema_arrow.names)
-            yield BadInput("no text field", f"{path} has no column '{text_field}'; it has {columns}")
+            message = f"{path} has no column '{text_field}'; it has {columns}; --text-field names another"
+            yield BadInput("no text field", message)
             return
         number = 0
         for batch in file.iter_batches(columns=[text_field], batch_size=1024):
@@ -237,7 +238,10 @@ def _field(row: Any, text_field: str, where: str, number: int) -> Document | Bad
     """The text of one JSON object or table row."""
     text = row.get(text_field) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        return BadInput("no text field", f"{where}: field '{text_field}' is missing or not a string")
+        message = f"{where}: field '{text_field}' is missing or not a string"
+        if isinstance(row, dict) and text_field not in row:
+            message += f"; the row has {', '.join(map(str, row)) or 'none'}; --text-field names another"
+        return BadInput("no text field", message)
     if len(text) > MAX_DOCUMENT_BYTES:
         return BadInput(
             "over-long document", f"{where}: {len(text):,} characters; allowed {MAX_DOCUMENT_BYTES:,}"

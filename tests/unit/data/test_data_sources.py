@@ -106,7 +106,7 @@ BAD_LINES = {
     "cut off": (b'{"text": "cut\n', "invalid JSON", "line 2"),
     "deep": (b"[" * 100_000 + b"\n", "invalid JSON", "line 2"),
     "huge number": (b'{"n": ' + b"9" * 5000 + b"}\n", "invalid JSON", "line 2"),
-    "no field": (b'{"body": "x"}\n', "no text field", "line 2: field 'text' is missing"),
+    "no field": (b'{"body": "x"}\n', "no text field", "line 2: field 'text' is .*row has body; --text-field"),
     "null": (b'{"text": null}\n', "no text field", "line 2"),
     "number": (b'{"text": 3}\n', "no text field", "line 2"),
     "array": (b'["text"]\n', "no text field", "line 2"),
@@ -164,7 +164,7 @@ def test_bad_parquet_is_named(tmp_path):
     pq.write_table(pa.table({"text": invalid}), tmp_path / "utf8.parquet")
     assert [item.kind for item in read(tmp_path / "no.parquet")] == ["damaged file"]
     [bad] = read(tmp_path / "other.parquet")
-    assert "has no column 'text'; it has body" in bad.message
+    assert "has no column 'text'; it has body; --text-field names another" in bad.message
     good, not_utf8, null = read(tmp_path / "utf8.parquet")
     assert (good.text, not_utf8.kind, null.kind) == ("ok", "not UTF-8", "no text field")
 
