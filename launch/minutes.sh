@@ -29,11 +29,12 @@ race() { # RECIPE GPU
 }
 export -f race
 
-GPUS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+INDICES=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
+IFS=, read -ra GPUS <<<"${INDICES:-0}"
 SIDE_BY_SIDE=1
-[ "$GPUS" -ge ${#RECIPES[@]} ] && SIDE_BY_SIDE=${#RECIPES[@]}
+[ ${#GPUS[@]} -ge ${#RECIPES[@]} ] && SIDE_BY_SIDE=${#RECIPES[@]}
 for number in "${!RECIPES[@]}"; do
-  printf '%s\0%s\0' "${RECIPES[number]}" $((number % SIDE_BY_SIDE))
+  printf '%s\0%s\0' "${RECIPES[number]}" "${GPUS[number % SIDE_BY_SIDE]}"
 done | xargs -0 -n 2 -P "$SIDE_BY_SIDE" bash -c 'race "$@"' race
 
 curves=() runs=()

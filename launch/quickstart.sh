@@ -14,10 +14,11 @@ echo "== 1/6 install into .venv"
 source launch/setup.sh
 
 SAMPLES=mosaicbert_ds/samples/pretrain
-RANKS=2
+RANKS=2 WHERE=(--num_gpus 2)
 if [ -n "$HAS_GPU" ]; then
-  RANKS=$(nvidia-smi --list-gpus | wc -l)
-  [ "$RANKS" -gt 2 ] && RANKS=2
+  IFS=, read -ra GPUS <<<"${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}"
+  GPUS=("${GPUS[@]:0:2}")
+  RANKS=${#GPUS[@]} WHERE=(--include "localhost:$(IFS=,; echo "${GPUS[*]}")")
 fi
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 # DeepSpeed leaves 66 MiB of memory a process behind on CPUs.
@@ -33,7 +34,7 @@ mosaicbert data prepare $SAMPLES/train.jsonl --held-out-sources $SAMPLES/val.jso
 
 echo "== 4/6 pretrain the tiny recipe on $RANKS processes"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-deepspeed --num_gpus "$RANKS" --master_port "$PORT" --log_level warning \
+deepspeed "${WHERE[@]}" --master_port "$PORT" --log_level warning \
   mosaicbert_ds/pretrain.py --recipe tiny --data "$OUT/shards" --out "$OUT/run"
 
 echo "== 5/6 export for Hugging Face"

@@ -505,7 +505,7 @@ def _add_estimate(command: argparse.ArgumentParser) -> None:
         "--samples-per-s", type=float, metavar="X", help="speed of one GPU at the recipe's micro batch"
     )
     command.add_argument(
-        "--fill", type=float, default=0.88, metavar="F", help="real share of tokens (default: %(default)s)"
+        "--fill", type=_share, default=0.88, metavar="F", help="real share of tokens (default: %(default)s)"
     )
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw it: .png, .svg or .pdf")
     command.add_argument("--json", action="store_true", help=_JSON)
@@ -574,6 +574,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is given; allowed are whole numbers from 1 on")
     return int(text)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share; give more than 0 and at most 1")
+    return value
 
 
 def _names(text: str) -> list[str]:

@@ -23,14 +23,19 @@ from mosaicbert_ds.model import build_pretraining_model, count_parameters
 from mosaicbert_ds.ops import choose_kernels
 from mosaicbert_ds.training import saving
 from mosaicbert_ds.training.course import Course, Schedules
-from mosaicbert_ds.training.ds_config import check_optimizer, read_ds_config, resolve_ds_config
+from mosaicbert_ds.training.ds_config import (
+    check_optimizer,
+    check_recomputation,
+    read_ds_config,
+    resolve_ds_config,
+)
 from mosaicbert_ds.training.engine import build_engine, init_distributed
 from mosaicbert_ds.training.faults import EXIT_STOPPED, EXIT_USER_ERROR, StopRequest, show_stack_on_request
 from mosaicbert_ds.training.loop import fit
 from mosaicbert_ds.training.meter import Rates, peak_flops_per_s
 from mosaicbert_ds.training.plan import plan_batches
 from mosaicbert_ds.training.progress import Progress
-from mosaicbert_ds.training.run_folder import open_run_folder, versions
+from mosaicbert_ds.training.run_folder import lock_run_folder, record_start, versions
 from mosaicbert_ds.training.telemetry import Telemetry
 from mosaicbert_ds.typed_yaml import to_tree
 
@@ -43,11 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     recipe = recipe.with_accumulation(plan.gradient_accumulation_steps)
     ds_config = resolve_ds_config(read_ds_config(recipe.engine), recipe.engine, plan)
     check_optimizer(recipe.optimizer, ds_config)
+    check_recomputation(recipe.model, recipe.engine, ds_config)
     if args.dry_run:
         if args.data is not None:
             _open_data(args.data, recipe)
-        print(describe(recipe, plan, ds_config))
+        if dist.is_main():
+            print(describe(recipe, plan, ds_config))
         return 0
+
+    dist.beat()  # a start that hangs from here on is a rank without progress
 
     # -- everything that can be wrong is looked at before the process group and the first GPU second
     if args.data is None or args.out is None:
@@ -66,10 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     }
     checkpoint, notes, lock = None, list[str](), None
     if dist.is_main():
-        checkpoint, notes = saving.choose_checkpoint(args.resume, args.out / "checkpoints")
-        if checkpoint:
-            notes += saving.check_fits(checkpoint, facts)
-        lock = open_run_folder(args.out, recipe.to_yaml(), ds_config, tokenizer.folder)
+        lock = lock_run_folder(args.out)  # first: a run that is ending may still save and prune
+        try:
+            checkpoint, notes = saving.choose_checkpoint(args.resume, args.out / "checkpoints")
+            if checkpoint:
+                notes += saving.check_fits(checkpoint, facts)
+            record_start(args.out, recipe.to_yaml(), ds_config, tokenizer.folder)
+        except UserError:
+            lock.close()
+            raise
 
     # -- the parts
     show_stack_on_request()
@@ -151,11 +165,13 @@ def main(argv: list[str] | None = None) -> int:
         )
     finally:
         batches.close()
-        if telemetry:
-            telemetry.close()
-        saver.wait()
-        if lock:
-            lock.close()
+        try:
+            saver.wait()
+        finally:
+            if telemetry:
+                telemetry.close()
+            if lock:
+                lock.close()
     if not finished:
         dist.barrier()  # launchers end all ranks when the first has left: not before the main one has written
     if not finished and dist.is_main():

@@ -38,6 +38,7 @@ class Row:
     model: str = column("model")
     variant: str = column("variant")
     batches: str = column("batches")  # the loader's as they come, or some of them again and again
+    max_length: int = column("length", ",d")
     micro_batch_size: int = column("micro batch", ",d")
     parameters_m: float | None = column("M params", ".1f", None)
     samples_per_s: float | None = column("samples/s", ",.1f", None)
@@ -89,6 +90,7 @@ def _measure(name: str, recipe: RunConfig, text: Text, repeats: int) -> list[Row
         model=contender.model,
         variant=contender.variant,
         batches="repeated",
+        max_length=recipe.data.max_length,
         micro_batch_size=recipe.batch.micro_batch_size,
     )
     try:

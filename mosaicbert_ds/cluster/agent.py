@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from mosaicbert_ds.training.faults import EXIT_STOPPED
+from mosaicbert_ds.training.faults import EXIT_STOPPED, signals_held
 
 JOB_VARIABLE = "MOSAICBERT_JOB"  # stands in the environment of every process of a host's share of a job
 HEARTBEATS_VARIABLE = "MOSAICBERT_HEARTBEATS"  # the folder where `dist.beat` touches a file a rank
@@ -41,7 +41,9 @@ class Agent:
     def __init__(self) -> None:
         self.heard_at_s = time.monotonic()
         self.orders: list[dict[str, Any]] = []
-        self.launcher_is_gone = False
+        self.launcher_is_gone = self.is_asked = False
+        # Slurm's word to all processes of a step when the job has to make room.
+        signal.signal(signal.SIGTERM, self._note)
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -55,6 +57,9 @@ class Agent:
             self.heard_at_s = time.monotonic()
             if order := json.loads(line):  # {} only says that the launcher is there
                 self.orders.append(order)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.is_asked = True
 
     def next_order(self) -> dict[str, Any] | None:
         return self.orders.pop(0) if self.orders else None
@@ -144,29 +149,41 @@ def heartbeat_folder(job: str) -> Path:
 def start_ranks(order: dict[str, Any], interface: str) -> "subprocess.Popen[bytes]":
     """DeepSpeed's launcher for this host, in a session of its own, with the variables that were named."""
     heartbeat_folder(order["job"]).mkdir(mode=0o700)
-    world = base64.urlsafe_b64encode(json.dumps(order["world"]).encode()).decode()
+    world = base64.urlsafe_b64encode(json.dumps(on_visible_gpus(order)).encode()).decode()
     command = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
     command += [f"--node_rank={order['node_rank']}", f"--master_addr={order['master_address']}"]
     command += [f"--master_port={order['port']}", "--log_level=warning", *order["command"]]
-    # Collectives take the way that the hosts reach each other on. Loopback needs no naming.
+    # Collectives take the way that the hosts reach each other on, unless the host's own variable or
+    # --interface says another. Loopback needs no naming.
     sockets = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if interface not in ("", "lo") else ()
+    ways = {name: interface for name in sockets if order["interface"] or name not in os.environ}
     environment = os.environ | {
         # Ninja, which DeepSpeed builds with, lies beside Python, and a shell over ssh does not know.
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}",
-        **dict.fromkeys(sockets, interface),
+        **ways,
         **order["environment"],
         JOB_VARIABLE: order["job"],
         HEARTBEATS_VARIABLE: str(heartbeat_folder(order["job"])),
     }
-    return subprocess.Popen(
-        command,
-        cwd=order["folder"],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    # Held: DeepSpeed's launcher would end its ranks; they hear it from when they have a `StopRequest`.
+    with signals_held():
+        return subprocess.Popen(
+            command,
+            cwd=order["folder"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def on_visible_gpus(order: dict[str, Any]) -> dict[str, list[Any]]:
+    """Host to its ranks' GPUs; here those of CUDA_VISIBLE_DEVICES, which DeepSpeed's launcher sets anew."""
+    variables, host = os.environ | order["environment"], list(order["world"])[order["node_rank"]]
+    visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    slots = order["world"][host]
+    return order["world"] | ({host: visible[: len(slots)]} if len(visible) >= len(slots) else {})
 
 
 def pass_on(output: IO[bytes]) -> None:
@@ -188,6 +205,7 @@ class Ranks:
 
     def __init__(self, order: dict[str, Any], launcher: "subprocess.Popen[bytes]") -> None:
         self.job, self.launcher = order["job"], launcher
+        self.is_stopping = False
         self.pids: dict[int, int] = {}  # rank to process
         self.codes: dict[int, int | None] = {}  # rank to exit code, in the order in which they ended
         self._living = selectors.DefaultSelector()
@@ -206,6 +224,8 @@ class Ranks:
             number = next((entry[5:] for entry in entries if entry.startswith(b"RANK=")), b"")
             if number.isdigit():
                 self.pids[int(number)] = pid
+                if self.is_stopping:  # asked before it was there
+                    os.kill(pid, signal.SIGTERM)
                 with contextlib.suppress(OSError):  # gone meanwhile, or a kernel before 5.3
                     self._living.register(os.pidfd_open(pid), selectors.EVENT_READ, int(number))
 
@@ -242,6 +262,10 @@ class Ranks:
             except OSError:
                 ages[rank] = None
         return ages
+
+    def stop(self) -> None:
+        self.is_stopping = True
+        self.signal(signal.SIGTERM)
 
     def signal(self, number: signal.Signals) -> None:
         for rank in self.pids.keys() - self.codes.keys():
@@ -292,8 +316,11 @@ def watch(agent: Agent, order: dict[str, Any], interface: str) -> None:
                     ranks.signal(signal.SIGUSR2)  # `training.faults` has each rank print its stack
                     time.sleep(1)
                 break
+            if agent.is_asked:
+                agent.is_asked = False
+                tell("asked")
             if command.get("do") == "stop":
-                ranks.signal(signal.SIGTERM)
+                ranks.stop()
             if time.monotonic() - told_at_s >= BEAT_EVERY_S:
                 told_at_s = time.monotonic()
                 tell("beat", ranks=ranks.silent_s())

@@ -296,7 +296,12 @@ def read_bench(path: Path, recipe: RunConfig) -> Compute:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         millions = round(count_parameters(recipe.model) / 1e6, 1)
-        ours = [row for row in rows if row["samples_per_s"] and round(row["parameters_m"], 1) == millions]
+        ours = [
+            row
+            for row in rows
+            if row["samples_per_s"]
+            and (round(row["parameters_m"], 1), row["max_length"]) == (millions, recipe.data.max_length)
+        ]
         best = max(ours, key=lambda row: row["samples_per_s"], default=None)
         if best is not None:
             return Compute(samples_per_s=best["samples_per_s"], micro_batch_size=best["micro_batch_size"])
@@ -305,7 +310,8 @@ def read_bench(path: Path, recipe: RunConfig) -> Compute:
             f"--bench {path} cannot be read ({error}); give what `mosaicbert bench throughput --json` wrote"
         ) from None
     raise ConfigError(
-        f"--bench {path} has no speed of a model of {millions} M parameters; measure this recipe"
+        f"--bench {path} has no speed of a model of {millions} M parameters at data.max_length "
+        f"{recipe.data.max_length}; measure this recipe"
     )
 
 

@@ -38,6 +38,7 @@ EXIT_FAILED = 1
 END_LIMIT_S = 15.0
 _HELLO_LIMIT_S = 60.0  # to reach a host and start Python there, on a slow shared disk
 _STOPPED_LIMIT_S = 300.0  # from one host's "stopped on request" to the last one's: its checkpoint is written
+_PAUSE_S = 60  # before the first start after a host did not answer; twice that before the second, ...
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOCAL = "localhost"
 
@@ -101,7 +102,13 @@ def launch(job: Job, hostfile: Path | None, restarts: int, min_hosts: int | None
             _say(f"error: {outcome.reason}")
             return outcome.code
         attempt += 1
-        _say(f"error: {outcome.reason}; restart {attempt} of {restarts}")
+        pause_s = attempt * _PAUSE_S if outcome.unreachable else 0  # it may be starting anew
+        _say(
+            f"error: {outcome.reason}; restart {attempt} of {restarts}{f' in {pause_s} s' if pause_s else ''}"
+        )
+        until_s = time.monotonic() + pause_s
+        while time.monotonic() < until_s and not stop.times:
+            time.sleep(0.2)
         hosts = find_hosts(hostfile)
 
 
@@ -235,7 +242,7 @@ class _Run:
             failed = [host for host in waiting if host.is_gone]
             if len(failed) == len(waiting) or time.monotonic() > deadline or self.stop.times:
                 if self.stop.times:
-                    return Outcome(EXIT_FAILED, "stopped while the hosts were being reached")
+                    return Outcome(EXIT_STOPPED, "stopped while the hosts were being reached")
                 lost = ", ".join(f"{host.name} ({self._how_it_went(host)})" for host in waiting)
                 return Outcome(
                     EXIT_FAILED, f"no answer from {lost}", frozenset(host.name for host in waiting)
@@ -248,6 +255,7 @@ class _Run:
             host.order(
                 do="start",
                 job=host.job_id,
+                interface=self.job.interface,
                 world=world,
                 node_rank=number,
                 master_address=self.hosts[0].hello["address"],
@@ -311,6 +319,8 @@ class _Run:
                 return Outcome(EXIT_FAILED, f"the agent on {whose} is gone: {self._how_it_went(host)}")
         elif message["event"] == "hello":
             host.hello = message
+        elif message["event"] == "asked":
+            self.stop.times = max(self.stop.times, 1)
         elif message["event"] == "unfit":
             return Outcome(EXIT_USER_ERROR, f"{host.name}: {message['why']}")
         elif message["event"] == "beat":

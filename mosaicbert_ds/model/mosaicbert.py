@@ -89,6 +89,16 @@ def packing_of(attention_mask: Tensor) -> Packing:
     return Packing(order, cu_seqlens, real)
 
 
+def refuse_wrapped(*linears: nn.Linear) -> None:
+    """A layer's half reads the weights itself: an adapter or a quantized layer would be passed by."""
+    for linear in linears:
+        if type(linear).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"{type(linear).__name__} stands in for a linear layer whose weight is read, not called; "
+                "adapters (LoRA) and quantized layers do not work here, finetune the whole model"
+            )
+
+
 class MosaicBertNorm(nn.LayerNorm):
     """LayerNorm, or by `config.norm` the RMSNorm, which has no bias."""
 
@@ -176,6 +186,7 @@ class MosaicBertAttention(nn.Module):
         With `memory` (tokens, hidden), of which keys and values are: (queries, hidden) -> the same.
         """
         qkv, dense, norm = self.self.Wqkv, self.output.dense, self.output.LayerNorm
+        refuse_wrapped(qkv, dense)
         return ops.attention_block(
             hidden,
             ops.AttentionWeights(qkv.weight, qkv.bias, dense.weight, dense.bias, norm.weight, norm.bias),
@@ -204,6 +215,7 @@ class MosaicBertGatedMLP(nn.Module):
     def forward(self, hidden: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """hidden, stream (rows, hidden) -> the same"""
         wo, norm = self.wo, self.layernorm
+        refuse_wrapped(self.gated_layers, wo)
         weights = ops.MLPWeights(self.gated_layers.weight, wo.weight, wo.bias, norm.weight, norm.bias)
         return ops.mlp_block(hidden, weights, norm.eps, self.dropout_p if self.training else 0.0, stream)
 
@@ -241,6 +253,13 @@ class MosaicBertEncoder(nn.Module):
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
+        for key, allowed in (  # a config.json may say anything, and transformers looks at none of these
+            ("norm", ("layernorm", "rmsnorm")),
+            ("norm_placement", ("post", "pre")),
+            ("masked_only_layers", range(config.num_hidden_layers)),
+        ):
+            if getattr(config, key) not in allowed:
+                raise ValueError(f"{key} is {getattr(config, key)!r}; allowed are {[*allowed]}")
         self.is_pre = config.norm_placement == "pre"
         self.num_narrow_layers = max(config.masked_only_layers, 1)
         self.num_heads = config.num_attention_heads
@@ -529,4 +548,8 @@ class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
             raise ValueError("problem_type is multi_label_classification; here a sequence has one label")
         if self.config.problem_type == "regression" or self.config.num_labels == 1:
             return F.mse_loss(logits.float().flatten(), labels.float().flatten())
+        if labels.is_floating_point():
+            raise ValueError(
+                f"labels are {labels.dtype}, as of several a sequence; here a sequence has one label"
+            )
         return F.cross_entropy(logits.float(), labels)

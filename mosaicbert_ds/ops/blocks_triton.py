@@ -77,6 +77,12 @@ def _hidden_and_stream(
     return d_x @ weight, d_addend
 
 
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What `_norm_forward` kept, and the rest. Read once: activation checkpointing gives them out once."""
+    saved = ctx.saved_tensors
+    return saved[:6], saved[6:]
+
+
 class _AttentionBlock(torch.autograd.Function):
     """Of all tokens; or with `memory` of the queries alone, keys and values made of the memory."""
 
@@ -113,11 +119,11 @@ class _AttentionBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor, d_stream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        norm_saved = ctx.saved_tensors[:6]
+        norm_saved, saved = _saved(ctx)
         (
             hidden, memory, q, kv, out, lost, lse, attention_seed, slopes, cu_seqlens,
             rows, cu_queries, *weights,
-        ) = ctx.saved_tensors[6:]  # fmt: skip
+        ) = saved  # fmt: skip
         w, width = AttentionWeights(*weights), hidden.shape[1]
         dtype = sums_dtype(ctx.main_grads, w.norm_weight)
         d_dense, d_addend, sums = _norm_backward(
@@ -168,7 +174,7 @@ class _MLPBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor, d_stream: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        norm_saved, (hidden, gate_value, seed, *weights) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        norm_saved, (hidden, gate_value, seed, *weights) = _saved(ctx)
         w = MLPWeights(*weights)
         dtype = sums_dtype(ctx.main_grads, w.norm_weight)
         d_down, d_addend, sums = _norm_backward(

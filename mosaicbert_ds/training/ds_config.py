@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from mosaicbert_ds.errors import ConfigError
+from mosaicbert_ds.model import ModelConfig
 from mosaicbert_ds.training.optimizer import OptimizerConfig
 from mosaicbert_ds.training.plan import BatchPlan
 from mosaicbert_ds.typed_yaml import from_tree, recipe_part
@@ -149,6 +150,16 @@ def check_optimizer(optimizer: OptimizerConfig, ds_config: dict[str, Any]) -> No
         )
 
 
+def check_recomputation(model: ModelConfig, config: EngineConfig, ds_config: dict[str, Any]) -> None:
+    """Refuse activation checkpointing where layers are recomputed without `engine.Bf16Compute`'s copies.
+    Raises ConfigError."""
+    if model.activation_checkpointing and config.precision == "bf16" and zero_stage(ds_config) == 0:
+        raise ConfigError(
+            "model.activation_checkpointing is true at ZeRO stage 0 in bf16, whose bf16 weights are gone "
+            "when layers are recomputed; use engine.deepspeed=zero1 or engine.precision=fp32"
+        )
+
+
 def name_accelerator() -> None:
     """Before DeepSpeed's import: name the CPU where there is no GPU, or it warns on every rank."""
     if not torch.cuda.is_available():
@@ -191,6 +202,12 @@ def _check_zero(block: dict[str, Any], path: Path) -> None:
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(str(part) for part in ("zero_optimization", *fault["loc"]))
+        given = json.dumps(
+            fault["input"] if fault["loc"] else block
+        )  # no place: keys that do not go together
+        raise ConfigError(f"{path}: {key} is {given}; {fault['msg'][0].lower()}{fault['msg'][1:]}") from None
+    if block.get("round_robin_gradients"):
         raise ConfigError(
-            f"{path}: {key} is {json.dumps(fault['input'])}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
-        ) from None
+            f"{path}: zero_optimization.round_robin_gradients is true; DeepSpeed then takes one parameter's "
+            "fp32 weights for another's, in training and in checkpoints; leave it out"
+        )

@@ -136,7 +136,9 @@ def build_engine(
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
-    if stage == 0:
+    if stage == 0 and engine.gradient_clipping() > 0:
+        engine.clip_fp32_gradients = functools.partial(_clip_and_note_norm, engine)
+    elif stage == 0:
         base.register_step_pre_hook(_note_grad_norm)
     if isinstance(module, MicroBatch):
         sums = _sum_gradients_in_fp32(engine, module)
@@ -291,9 +293,15 @@ def _muon_step(muon: Muon, optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 def _note_grad_norm(optimizer: Any, args: Any, kwargs: Any) -> None:
-    """At stage 0 DeepSpeed computes no gradient norm unless it clips; it reports this attribute."""
+    """At stage 0 DeepSpeed computes no gradient norm; it reports this attribute."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     optimizer._global_grad_norm = nn.utils.get_total_norm(gradients)
+
+
+def _clip_and_note_norm(engine: Any) -> None:
+    """The norm before clipping, as the other stages report it."""
+    parameters, limit = engine.module.parameters(), engine.gradient_clipping()
+    engine.basic_optimizer._global_grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
 
 
 def _refuse_stale_build_locks() -> None:

@@ -144,6 +144,8 @@ def fit(
             if telemetry and (dollars := rates.dollars(progress.elapsed_s)) is not None:
                 telemetry.scalars(step, {"run/dollars": dollars, "run/hours": progress.elapsed_s / 3600})
             if save_is_due or stopping:
+                if telemetry:
+                    telemetry.flush()  # first: a run that goes on from this step does not write them again
                 saver.save(engine, progress, before, last=is_last)
         if stopping and not is_last:
             return False

@@ -55,7 +55,9 @@ def _read(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise DataError(f"{path} does not exist; give the --out folder of a run")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]  # a run may be writing, or was killed while it did
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _thinned(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:

@@ -6,6 +6,7 @@ RUN/tokenizer/                      a copy, so that the folder can be exported a
 RUN/metrics.jsonl  tensorboard/  checkpoints/
 """
 
+import contextlib
 import datetime
 import fcntl
 import importlib.metadata
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,18 +32,28 @@ _GONE_S = 20.0
 _PACKAGES = ("mosaicbert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy")
 
 
-def open_run_folder(run: Path, recipe_yaml: str, ds_config: dict[str, Any], tokenizer: Path) -> TextIO:
-    """Make the folder, keep other starts on this host out while the file returned is open, and write down
-    what this start is. Raises ConfigError if another is at work there, or nothing can be written."""
-    try:
+def lock_run_folder(run: Path) -> TextIO:
+    """Make the folder, and keep other starts on this host out while the file returned is open. Raises
+    ConfigError if another is at work there, or nothing can be written."""
+    with _written(run):
         make_folder(run)
-        lock = _lock(run)
+        return _lock(run)
+
+
+def record_start(run: Path, recipe_yaml: str, ds_config: dict[str, Any], tokenizer: Path) -> None:
+    """Write down what this start is. Raises ConfigError if it cannot be written."""
+    with _written(run):
         (run / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         (run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
         shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
         with (run / "launches.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(_this_launch()) + "\n")
-        return lock
+
+
+@contextlib.contextmanager
+def _written(run: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"--out {run} cannot be written: {error.strerror or error}; give another folder"

@@ -71,7 +71,8 @@ class Saver:
 def choose_checkpoint(resume: str, root: Path) -> tuple[disk.Checkpoint | None, list[str]]:
     """What a run starts from, and lines to say about it. Main rank only.
 
-    resume: "auto" for the newest whole step of this run or none, "never", or the path of a step.
+    resume: "auto" for the newest whole step of this run or none, "never", or the path of a step. Another
+    run's step is where to begin: the same command, given again, goes on with this run's own.
     """
     if resume == "auto":
         return disk.newest_verified(root)
@@ -85,6 +86,14 @@ def choose_checkpoint(resume: str, root: Path) -> tuple[disk.Checkpoint | None, 
     checkpoint = disk.open_verified(path)
     newest = next(iter(disk.saved_steps(root)), None)
     if newest and disk.step_number(newest) > checkpoint.state["progress"]["step"]:
+        if (
+            path.resolve().parent != root.resolve()
+        ):  # this run began from another's step, and has come further
+            own, notes = disk.newest_verified(root)
+            return own, [
+                *notes,
+                f"{newest} is further than --resume {path}: the run goes on with its own steps",
+            ]
         raise CheckpointError(
             f"{newest} is further than {path}, and the next start would take it; give --resume auto to go on "
             "from there, another --out, or remove the steps after the one to go on from"

@@ -3,9 +3,11 @@
 The x axis of TensorBoard is samples seen, so that runs of different batch sizes lie over each other.
 """
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mosaicbert_ds.errors import TrainingError
 from mosaicbert_ds.training.course import Step
 from mosaicbert_ds.training.plan import BatchPlan, Count
 from mosaicbert_ds.training.progress import Progress
@@ -64,6 +67,7 @@ class Telemetry:
         self._started_s = time.perf_counter()
         resumed_at = progress.samples_seen
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self._lines = _open_after(folder / "metrics.jsonl", resumed_at)
         # purge_step hides what an interrupted run wrote beyond the step that this one goes on from.
         self._board = SummaryWriter(folder / "tensorboard", purge_step=resumed_at + 1)
@@ -83,10 +87,11 @@ class Telemetry:
 
     def scalars(self, step: Step, values: dict[str, float]) -> None:
         """Write `values` at the end of `step`, to TensorBoard and metrics.jsonl."""
-        for tag, value in values.items():
-            self._board.add_scalar(tag, value, step.samples_seen)
         place = {"step": step.number, "samples_seen": step.samples_seen}
-        self._lines.write(json.dumps(place | values) + "\n")
+        with self._written():
+            for tag, value in values.items():
+                self._board.add_scalar(tag, value, step.samples_seen)
+            self._lines.write(json.dumps(place | values) + "\n")
 
     def show_progress(self, step: Step, values: dict[str, float]) -> None:
         """One look at the run: the bar's end, or a plain line where there is no terminal."""
@@ -109,13 +114,25 @@ class Telemetry:
         sys.stdout.flush()
 
     def flush(self) -> None:
-        self._lines.flush()
-        self._board.flush()
+        with self._written():
+            self._lines.flush()
+            self._board.flush()
 
     def close(self) -> None:
         self._bar.close()
-        self._board.close()
-        self._lines.close()
+        with self._written():
+            self._lines.close()
+            self._board.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{self._folder} cannot be written: {error.strerror or error}; make room, then start the "
+                "same command again: it goes on from the newest whole step"
+            ) from None
 
     def _remaining_s(self, done: float) -> float:
         if self._minutes is not None:

@@ -115,9 +115,10 @@ def test_glue_hours_stand_only_where_the_steps_are_published(capsys: pytest.Capt
 def test_a_measured_speed_comes_out_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     recipe = load_recipe("mosaicbert-base")
     rows = [
-        {"samples_per_s": None, "parameters_m": None, "micro_batch_size": 1024},
-        {"samples_per_s": 9000.0, "parameters_m": 109.5, "micro_batch_size": 512},
-        {"samples_per_s": 6000.0, "parameters_m": 137.4, "micro_batch_size": 128},
+        {"samples_per_s": None, "parameters_m": None, "micro_batch_size": 1024, "max_length": 128},
+        {"samples_per_s": 9000.0, "parameters_m": 109.5, "micro_batch_size": 512, "max_length": 128},
+        {"samples_per_s": 6000.0, "parameters_m": 137.4, "micro_batch_size": 128, "max_length": 128},
+        {"samples_per_s": 24000.0, "parameters_m": 137.4, "micro_batch_size": 128, "max_length": 32},
     ]
     (tmp_path / "bench.json").write_text(json.dumps({"rows": rows}))
     measured = estimates(capsys, "--nodes", "1", "--bench", str(tmp_path / "bench.json"))

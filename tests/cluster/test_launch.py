@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaicbert_ds import cli
-from mosaicbert_ds.cluster.agent import SILENCE_LIMIT_S, Ranks
+from mosaicbert_ds.cluster.agent import SILENCE_LIMIT_S, Ranks, on_visible_gpus
 from mosaicbert_ds.cluster.launch import END_LIMIT_S, far_side
 
 HERE = Path(__file__).parent
@@ -247,6 +247,46 @@ def test_mistakes_are_one_sentence(
     assert cli.main(["launch", *arguments]) == 2
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "here"),
+    [("4,5,6", [4, 5]), ("GPU-1f,GPU-2e", ["GPU-1f", "GPU-2e"]), ("3", [0, 1]), ("", [0, 1])],
+)
+def test_ranks_take_the_gpus_that_the_host_or_the_job_makes_visible(
+    visible: str, here: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may be somebody else's. Fewer than ranks are one task's own, as Slurm binds them."""
+    order = {"world": {"a": [0, 1, 2], "b": [0, 1]}, "node_rank": 1, "environment": {}}
+    named = order | {"environment": {"CUDA_VISIBLE_DEVICES": visible}}
+    for given_by_host, asked in ((True, order), (False, named)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible if given_by_host else "7")
+        found = on_visible_gpus(asked)
+        assert {host: [str(gpu) for gpu in gpus] for host, gpus in found.items()} == {
+            "a": ["0", "1", "2"],
+            "b": [str(gpu) for gpu in here],
+        }
+
+
+def test_asked_to_stop_before_the_ranks_can_hear_it_the_launcher_passes_it_on(tmp_path: Path) -> None:
+    """A rank imports for seconds before it listens; a pre-empted job must not count as failed."""
+    script = tmp_path / "slow_start.py"
+    script.write_text(
+        "import sys, time\n"
+        "from mosaicbert_ds.training.faults import EXIT_STOPPED, StopRequest\n"
+        "time.sleep(4)\n"
+        "stop = StopRequest()\n"
+        "while not stop: time.sleep(0.1)\n"
+        "sys.exit(EXIT_STOPPED)\n"
+    )
+    hostfile = tmp_path / "localhost"
+    hostfile.write_text("localhost slots=2\n")
+    command = [BIN / "mosaicbert", "launch", "--hostfile", hostfile, "--port", "29878", script]
+    with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True) as launcher:
+        time.sleep(2.5)  # the launcher itself listens; its ranks are not there, or import
+        launcher.send_signal(signal.SIGUSR1)
+        _, said = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75 and "stopped on request" in said, said
 
 
 LAUNCHER = """

@@ -14,6 +14,7 @@ import pytest
 from harness import run_on_ranks
 from safetensors.torch import load_file
 
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in (*STAGES, "offload")]
 
@@ -36,10 +37,10 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def losses(run: Path) -> dict[int, float]:
+def losses(run: Path, tag: str = "train/loss") -> dict[int, float]:
     """Training loss by step, every digit."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    return {line["step"]: line[tag] for line in lines if tag in line}
 
 
 def train(recipe: Path, data: Path, out: Path, *overrides: str) -> None:
@@ -98,6 +99,27 @@ def test_resume_gives_the_same_losses_and_weights_bit_for_bit(
             assert worst < tolerance, (stage, precision, worst)
     first, last_loss = losses(tmp_path / "zero1-bf16")[1], losses(tmp_path / "zero1-bf16")[8]
     assert last_loss < first, "eight steps at this rate must lower the loss"
+
+
+def _train_clipped(recipe: Path, data: Path, folder: Path) -> None:
+    for stage in ("zero0", "zero1", "zero2"):
+        config = folder / f"{stage}.json"
+        config.write_text(
+            (DS_CONFIGS / f"{stage}.json")
+            .read_text()
+            .replace('"gradient_clipping": 0.0', '"gradient_clipping": 0.1')
+        )
+        train(recipe, data, folder / stage, f"engine.deepspeed={config}", "engine.precision=fp32")
+
+
+def test_the_gradient_norm_is_that_before_clipping_at_every_stage(
+    recipe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run_on_ranks(_train_clipped, 2, recipe, corpus, tmp_path)
+    norms = {stage: losses(tmp_path / stage, "train/grad_norm") for stage in ("zero0", "zero1", "zero2")}
+    assert min(norms["zero1"].values()) > 0.2, "nothing was clipped"
+    for stage in ("zero0", "zero2"):  # the order of sums, as for the losses
+        assert norms[stage] == pytest.approx(norms["zero1"], rel=1e-4), stage
 
 
 # With two of three layers narrow the network is another one; with a single narrow layer it would not be.

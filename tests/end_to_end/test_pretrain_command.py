@@ -20,20 +20,20 @@ SMALL = [
     *("--recipe", "tiny"),
     *("data.max_length=32", "model.vocab_size=512", "model.hidden_size=32", "model.intermediate_size=64"),
     *("batch.global_batch_size=8", "batch.micro_batch_size=2", "evaluation.max_samples=32"),
-    *("telemetry.log_every_steps=1", "checkpoint.every_samples=80", "evaluation.every_samples=320"),
+    *("telemetry.log_every_steps=1", "checkpoint.every_samples=80", "evaluation.every_samples=160"),
 ]
 
 
-def losses(run: Path) -> dict[int, float]:
-    """Training loss by step; of a step that was trained twice, the later. A half line is not counted."""
+def losses(run: Path, tag: str = "train/loss") -> dict[int, float]:
+    """Loss by step; of a step that was trained twice, the later. A half line is not counted."""
     found = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if "train/loss" in values:
-            found[values["step"]] = values["train/loss"]
+        if tag in values:
+            found[values["step"]] = values[tag]
     return found
 
 
@@ -63,6 +63,8 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_losses_bit_for_bit(
         assert survived == {number: expected[number] for number in survived}
     assert launcher.run(*command, "--out", str(killed)) == 0, launcher.log.read_text()[-3000:]
     assert losses(killed) == expected
+    held_out = losses(killed, "evaluation/loss")
+    assert held_out == losses(tmp_path / "whole", "evaluation/loss") and list(held_out) == [20, 40, 60]
     first, last = (
         json.loads((run / "checkpoints" / "step-00000060" / "manifest.json").read_text())["files"]
         for run in (tmp_path / "whole", killed)

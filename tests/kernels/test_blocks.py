@@ -6,6 +6,7 @@ fp32 on a GPU or under Triton's interpreter; in bf16 `test_gpu.py` runs them aga
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mosaicbert_ds.ops import reference
 from mosaicbert_ds.ops.reference import AttentionWeights, MLPWeights
@@ -186,6 +187,32 @@ def test_where_all_tokens_ask_the_narrow_attention_block_is_the_plain_one(length
         (hidden, stream), weights, d_outs, torch.float32,
     )  # fmt: skip
     assert_close(found, expected)
+
+
+def mlp_block_of(block, dropout_p):
+    return lambda hidden, stream, weights: block(hidden, MLPWeights(*weights), EPS, dropout_p, stream)
+
+
+@pytest.mark.parametrize("placement", ["post", "pre"])
+@pytest.mark.parametrize("half", ["attention", "mlp"])
+def test_activation_checkpointing_changes_no_bit(half, placement):
+    """It lets a backward read what was saved once, and recomputes it from the same dropout masks."""
+    inputs, d_outs = inputs_of(placement, sum(LENGTHS) + TRAILING)
+    weights = attention_weights() if half == "attention" else mlp_weights()
+    block = (
+        attention_block_of(blocks_triton.attention_block, 0.3)
+        if half == "attention"
+        else mlp_block_of(blocks_triton.mlp_block, 0.3)
+    )
+
+    def checkpointed(hidden, stream, weights):
+        return checkpoint(
+            lambda *tensors: block(*tensors[:2], tensors[2:]), hidden, stream, *weights, use_reentrant=False
+        )
+
+    plain = gradients(block, inputs, weights, d_outs, torch.float32)
+    again = gradients(checkpointed, inputs, weights, d_outs, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 @pytest.mark.parametrize(("norm", "placement"), NORMS)

@@ -319,7 +319,7 @@ def test_manual_seed_decides_the_mask(op):
     assert not torch.equal(first, second)
 
 
-def test_activation_checkpointing_draws_the_same_mask_again():
+def test_activation_checkpointing_draws_the_same_mask_again_in_an_operation():
     gate_value = normal(8, 32)
     plain = gate_value.clone().requires_grad_()
     torch.manual_seed(3)

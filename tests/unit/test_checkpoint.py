@@ -574,9 +574,12 @@ def test_going_back_in_a_run_that_has_newer_steps_is_refused(tmp_path: Path) -> 
     for step in (1, 2):
         save(tmp_path / "run", step)
     save(tmp_path / "other", 1)
-    for old in (tmp_path / "run" / "step-00000001", tmp_path / "other" / "step-00000001"):
-        with pytest.raises(CheckpointError, match=r"step-00000002 is further than .*; give --resume auto"):
-            choose_checkpoint(str(old), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"step-00000002 is further than .*; give --resume auto"):
+        choose_checkpoint(str(tmp_path / "run" / "step-00000001"), tmp_path / "run")
+    found, (note,) = choose_checkpoint(str(tmp_path / "other" / "step-00000001"), tmp_path / "run")
+    assert found is not None, "a run that began from another's step goes on with its own by the same command"
+    assert_holds(found, 2)
+    assert "goes on with its own steps" in note
     found, _ = choose_checkpoint(str(tmp_path / "run" / "step-00000001"), tmp_path / "new")
     assert found is not None
     assert_holds(found, 1)

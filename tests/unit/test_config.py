@@ -465,6 +465,14 @@ def _without(key: str) -> dict[str, Any]:
             GOOD | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpuu"}}},
             "zero_optimization.offload_optimizer.device",
         ),
+        (  # no key is wrong alone
+            GOOD | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            "only supported for ZeRO Stage 3",
+        ),
+        (
+            GOOD | {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "for another's, in training",
+        ),
         *(
             (GOOD | {"gradient_clipping": value}, f"gradient_clipping is {json.dumps(value)}; ")
             for value in (-1, "abc", True, None, float("nan"), float("inf"), [1.0])

@@ -367,6 +367,30 @@ def test_the_classifier_takes_its_loss_from_the_problem_type():
     torch.testing.assert_close(out.loss, ((out.logits[:, 0] - scores) ** 2).mean())
     with pytest.raises(ValueError, match="problem_type is multi_label_classification"):
         tiny_classifier(problem_type="multi_label_classification")(input_ids, labels=labels)
+    with pytest.raises(ValueError, match=r"labels are torch\.float32, as of several a sequence"):
+        tiny_classifier()(input_ids, labels=torch.ones(4, 3))  # what transformers takes for that problem type
+
+
+def test_what_is_no_norm_no_placement_or_no_plain_linear_layer_is_refused():
+    for wrong in ({"norm": "LayerNorm"}, {"norm_placement": "pre-LN"}, {"masked_only_layers": 3}):
+        config = to_hf_config(TINY)
+        config.update(wrong)
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .* allowed are"):
+            MosaicBertForMaskedLM(config)
+
+    class Adapter(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    for place in ("attention.self.Wqkv", "mlp.wo"):
+        model = tiny_classifier()
+        layer = model.bert.encoder.layer[0]
+        linear = layer.get_submodule(place)
+        layer.set_submodule(place, Adapter(linear.in_features, linear.out_features))
+        with pytest.raises(
+            TypeError, match=r"Adapter stands in for a linear layer .* finetune the whole model"
+        ):
+            model(torch.zeros(1, 4, dtype=torch.long))
 
 
 def test_finetuning_starts_from_the_pretrained_encoder_and_a_fresh_head(tmp_path):

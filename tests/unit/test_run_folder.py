@@ -34,10 +34,11 @@ def test_a_second_start_on_a_host_is_refused_while_the_first_is_there(
         fcntl.flock(first, fcntl.LOCK_EX)
         if refused:
             with pytest.raises(ConfigError, match=f"run is being written by {holder}; stop"):
-                run_folder.open_run_folder(run, "recipe", {}, tokenizer)
+                run_folder.lock_run_folder(run)
             assert [path.name for path in run.iterdir()] == [".lock"], "nothing was written"
         else:
-            run_folder.open_run_folder(run, "recipe", {}, tokenizer).close()
-    with run_folder.open_run_folder(run, "recipe", {}, tokenizer):  # the first has ended
+            run_folder.lock_run_folder(run).close()
+    with run_folder.lock_run_folder(run):  # the first has ended
+        run_folder.record_start(run, "recipe", {}, tokenizer)
         assert (run / ".lock").read_text() == f"process {os.getpid()} of {platform.node()}"
         assert (run / "recipe.yaml").read_text() == "recipe"
