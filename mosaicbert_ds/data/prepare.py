@@ -417,7 +417,13 @@ def _finish(
     left_out: Counter[str],
 ) -> None:
     """Join the records into the manifest and clear away what is not part of the result."""
-    records = [record for unit in units for record in _records(job, unit)]
+    by_unit = [_records(job, unit) for unit in units]
+    if not all(records and records[-1]["last"] for records in by_unit):
+        raise DataError(
+            f"{job.folder}: records of finished units are gone; another prepare works in this folder; "
+            "let it end, and run it again"
+        )
+    records = list(itertools.chain.from_iterable(by_unit))
     copied = [path for name in TOKENIZER_FILES if (path := job.folder / "tokenizer" / name).is_file()]
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -441,7 +447,16 @@ def _finish(
             f"{job.folder}: {manifest['documents']} documents left no {empty} text; give more text, another"
             " held-out fraction or held-out sources, and a new folder"
         )
-    manifest["unigram_entropy_nats"] = _unigram_entropy_nats(job.folder, manifest, tokenizer)
+    counts = _token_counts(job.folder, manifest, tokenizer)
+    manifest["unknown_tokens"] = sum(int(of_split[tokenizer.unk_id]) for of_split in counts.values())
+    manifest["unigram_entropy_nats"] = _unigram_entropy_nats(
+        *(counts[split][tokenizer.ordinary_ids] for split in SPLITS)
+    )
+    if manifest["unigram_entropy_nats"] is None:
+        raise DataError(
+            f"{job.folder}: the tokenizer knows no word of the held-out text; train one on text of this "
+            "kind, and choose a new folder"
+        )
     manifest["fingerprint"] = fingerprint_of(manifest)
 
     named = {job.folder / shard["file"] for split in SPLITS for shard in manifest[split]["shards"]}
@@ -460,18 +475,27 @@ def _added(skipped: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, 
     return {name: dict(sorted(kinds.items())) for name, kinds in sorted(sums.items()) if kinds}
 
 
-def _unigram_entropy_nats(folder: Path, manifest: dict[str, Any], tokenizer: LoadedTokenizer) -> float:
-    """Loss on held-out text of a model that knows only how often each word is used in training.
-
-    Cross entropy in nats over ordinary tokens, with one added to each count: what masked tokens cost
-    before anything about context is learned.
-    """
+def _token_counts(
+    folder: Path, manifest: dict[str, Any], tokenizer: LoadedTokenizer
+) -> dict[str, np.ndarray]:
+    """Split to how often each id stands in it, (vocab_size,)."""
     counts = {split: np.zeros(tokenizer.vocab_size, np.int64) for split in SPLITS}  # (vocab_size,)
     for split in SPLITS:
         for entry in manifest[split]["shards"]:
             tokens = open_shard(folder, entry, token_dtype(tokenizer.vocab_size)).tokens
             counts[split] += np.bincount(tokens, minlength=tokenizer.vocab_size)
-    train, val = (counts[split][tokenizer.ordinary_ids] for split in SPLITS)  # (ordinary,)
+    return counts
+
+
+def _unigram_entropy_nats(train: np.ndarray, val: np.ndarray) -> float | None:
+    """Loss on held-out text of a model that knows only how often each word is used in training; None if no
+    ordinary token is held out.
+
+    Cross entropy in nats over ordinary tokens, (ordinary,) counts, with one added to each: what masked tokens
+    cost before anything about context is learned.
+    """
+    if not val.any():
+        return None
     nats = -np.log((train + 1) / (train + 1).sum())
     # Rounded, so that the last bit of another machine's logarithm does not change the fingerprint.
     return round(float((val * nats).sum() / val.sum()), 6)
@@ -486,15 +510,22 @@ def _summary(folder: Path) -> Summary:
         *((s, f"{manifest[s]['samples']:,} samples, {manifest[s]['tokens']:,} tokens") for s in SPLITS),
         ("skipped", ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items())) or "nothing"),
         ("files not read", ", ".join(f"{n:,} {kind}" for kind, n in manifest["left_out"].items()) or "none"),
+        ("unknown words", f"{_share_unknown(manifest):.2%} of the tokens are [UNK]"),
         ("unigram entropy", f"{nats:.3f} nats (perplexity {math.exp(nats):,.0f})"),
         ("fingerprint", manifest["fingerprint"]),
     ]
     return Summary(f"shards in {folder}", tuple(rows))
 
 
+def _share_unknown(manifest: dict[str, Any]) -> float:
+    """Of the tokens that are words: not [CLS] and [SEP], two a sample."""
+    words = sum(manifest[split]["tokens"] - 2 * manifest[split]["samples"] for split in SPLITS)
+    return manifest.get("unknown_tokens", 0) / max(words, 1)  # older manifests do not say
+
+
 def _hash(text: str) -> int:
-    """64 bits that depend on the text alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    """64 bits that depend on the words alone: white space makes no other tokens, and no other document."""
+    return int.from_bytes(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest(), "little")
 
 
 def _hashes_of(pieces: Iterable[Piece], text_field: str) -> frozenset[int]:

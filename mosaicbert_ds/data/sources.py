@@ -73,7 +73,9 @@ class Found:
 def refuse_or_count(bad: BadInput, on_error: OnError, skipped: Counter[str]) -> None:
     """Raise DataError, or count it under its kind."""
     if on_error == "refuse":
-        raise DataError(f"{bad.message}; mend it, or skip and count such input with --on-error skip")
+        raise DataError(
+            f"{bad.message}; mend it and take a new --out, or skip and count such input with --on-error skip"
+        )
     skipped[bad.kind] += 1
 
 
@@ -92,12 +94,16 @@ def find_pieces(sources: Sequence[str | Path]) -> Found:
                 for shard in range(dataset.num_shards)
             ]
         elif Path(source).is_dir():
-            files = [Path(folder) / name for folder, _, names in os.walk(source) for name in names]
+            walked = [*os.walk(source, onerror=_refuse_folder)]
+            files = [Path(folder) / name for folder, _, names in walked for name in names]
             known = sorted((f for f in files if _format_of(f) and f.is_file()), key=lambda f: f.as_posix())
             if not known:
                 raise DataError(f"{source} holds no {READABLE}")
             pieces += [Piece(f.relative_to(source).as_posix(), f.stat().st_size, f) for f in known]
             left_out += Counter(f.suffix or f.name for f in files if not _format_of(f))
+            left_out += Counter("broken link" for f in files if _format_of(f) and not f.is_file())
+            folders = (Path(folder) / name for folder, names, _ in walked for name in names)
+            left_out += Counter("linked folder" for f in folders if f.is_symlink())
         elif Path(source).is_file():
             path = Path(source)
             if not _format_of(path):
@@ -108,6 +114,10 @@ def find_pieces(sources: Sequence[str | Path]) -> Found:
     if not pieces:
         raise DataError("no source given; name files, folders or hf:PATH:CONFIG:SPLIT")
     return Found(tuple(pieces), left_out)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}; change its rights, or leave it out")
 
 
 def _format_of(path: Path) -> str:

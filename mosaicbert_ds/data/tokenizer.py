@@ -5,7 +5,9 @@ tokenizer = load_tokenizer("tokenizer")          # any folder with the tokenizer
 """
 
 import json
+import math
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +22,9 @@ from mosaicbert_ds.errors import ConfigError, DataError
 
 # Their ids are 0 to 4 in the tokenizers that we train; others may place them anywhere.
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# Rare characters become [UNK]. A corpus with a little Chinese would else fill the vocabulary with them.
-MAX_ALPHABET = 1000
+# Rare characters become [UNK]: a corpus with a little Chinese would else fill the vocabulary with them. The
+# alphabet has so many characters, or so much of the text, if that is more: in Chinese each one is a word.
+MIN_ALPHABET, COVERAGE = 1000, 0.9995
 # A token seen once teaches nothing.
 MIN_FREQUENCY = 2
 # The files of a tokenizer's folder that travel with the shards.
@@ -53,8 +56,8 @@ class LoadedTokenizer:
         """Token ids of each text, without [CLS] and [SEP]; the first `limit` of them if it is set."""
         if limit is None:
             return [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        # Most of a long document is thrown away, so only its head is tokenised: words are split at
-        # spaces first, so a text that is cut at a space begins with the same tokens as the whole.
+        # Most of a long document is thrown away, so only its head is tokenised: words are split at spaces
+        # and punctuation first, so a text that is cut there begins with the same tokens as the whole.
         heads = [_head(text, 8 * limit) for text in texts]
         ids = [i[:limit] for i in self.encode(heads)]
         short = [n for n, text in enumerate(texts) if len(ids[n]) < limit and len(heads[n]) < len(text)]
@@ -64,8 +67,15 @@ class LoadedTokenizer:
 
 
 def _head(text: str, size: int) -> str:
-    cut = text.rfind(" ", 0, size) if len(text) > size else -1
-    return text[:cut] if cut > 0 else text
+    if len(text) <= size:
+        return text
+    places = (place for place in range(size, 0, -1) if _ends_word(text[place]))
+    return text[: next(places, len(text))]
+
+
+def _ends_word(character: str) -> bool:
+    """Not `isspace`: the normalizer removes some of those, and so joins what is beside them."""
+    return character in " \t\r\n" or unicodedata.category(character)[0] == "P"
 
 
 def load_tokenizer(folder: str | Path) -> LoadedTokenizer:
@@ -131,7 +141,7 @@ def train_tokenizer(
     """Train a WordPiece vocabulary on `sources` and write it to the new folder `out_dir`.
 
     vocab_size: a multiple of 64, special tokens included; less comes out if the text has less.
-    max_bytes: text to learn from; with more, every file gives its first documents, in equal shares.
+    max_bytes: text to learn from; with more, the large files give their first documents, in equal shares.
     The same text gives the same files. Raises ConfigError, and DataError for text that cannot be read.
     """
     if vocab_size < 64 or vocab_size % 64:
@@ -146,8 +156,10 @@ def train_tokenizer(
 
     def texts() -> Iterator[str]:
         skipped.clear()
-        for piece in pieces:
-            left = max_bytes // len(pieces)
+        unused = max_bytes
+        # Small files first: what they leave of their shares is the larger ones'.
+        for done, piece in enumerate(sorted(pieces, key=lambda piece: piece.num_bytes or math.inf)):
+            left = share = unused // (len(pieces) - done)
             for item in read_piece(piece, text_field):
                 if not isinstance(item, Document):
                     refuse_or_count(item, on_error, skipped)
@@ -156,29 +168,34 @@ def train_tokenizer(
                 left -= len(item.text.encode())
                 if left <= 0:
                     break
+            unused -= share - max(left, 0)
 
     normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     # Counted here, by (count, code point): the library's own cut at the limit breaks ties by chance.
     characters = _count_characters(texts(), normalizer)
-    alphabet = sorted(sorted(characters), key=lambda c: -characters[c])[:MAX_ALPHABET]
-    if not alphabet:
+    if not characters:
         raise DataError(f"{', '.join(map(str, sources))}: no text in it to learn a vocabulary from")
+    ranked = sorted(sorted(characters), key=lambda c: -characters[c])
+    covered = np.cumsum([characters[c] for c in ranked]) / characters.total()
+    enough = max(MIN_ALPHABET, int(np.searchsorted(covered, COVERAGE)) + 1)
+    alphabet = ranked[: min(enough, (vocab_size - len(SPECIAL_TOKENS)) // 2)]  # each may be two: c and ##c
     vocabulary = _learn_vocabulary(texts(), normalizer, alphabet, vocab_size)
     tokenizer = _bert_tokenizer(vocabulary, normalizer)
     _write_folder(out_dir, tokenizer, lowercase)
 
     found = tokenizer.get_vocab_size()
     rows = -(-found // 64) * 64
+    share = covered[len(alphabet) - 1]
     note = (
         ""
         if found == vocab_size
-        else f" of {vocab_size:,} asked for: the text has no more; model rows {rows:,}"
+        else f" of {vocab_size:,} asked for: no more stand in the text twice; model rows {rows:,}"
     )
     return Summary(
         f"tokenizer in {out_dir}",
         (
             ("vocabulary", f"{found:,}{note}"),
-            ("alphabet", f"{len(alphabet):,} of {len(characters):,} characters"),
+            ("alphabet", f"{len(alphabet):,} of {len(characters):,} characters, {share:.2%} of the text"),
             ("files read", f"{len(pieces):,}"),
             ("skipped", ", ".join(f"{n:,} {kind}" for kind, n in sorted(skipped.items())) or "nothing"),
             ("sha256", sha256_of(out_dir / "tokenizer.json")),

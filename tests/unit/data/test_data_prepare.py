@@ -173,12 +173,14 @@ def test_copies_of_a_document_fall_on_one_side(tokenizer_dir, tmp_path):
 
 
 def test_held_out_sources_are_the_held_out_split_and_are_not_trained_on(tokenizer_dir, tmp_path):
-    source = write_jsonl(tmp_path / "text.jsonl", ["one apple", "two pears", "three plums", "two pears"])
+    source = write_jsonl(tmp_path / "text.jsonl", ["one apple", "two pears", "three plums", "two  pears\n"])
     held_out = write_jsonl(tmp_path / "held.jsonl", ["two pears", "four figs"])
     prepare([source], tmp_path / "shards", tokenizer_dir, CUT, workers=1, held_out_sources=[held_out])
     assert texts_of(tmp_path / "shards", "train") == ["one apple", "three plums"]
     assert texts_of(tmp_path / "shards", "val") == ["two pears", "four figs"]
-    assert read_manifest(tmp_path / "shards")["skipped"] == {"text.jsonl": {"held out": 2}}
+    assert read_manifest(tmp_path / "shards")["skipped"] == {"text.jsonl": {"held out": 2}}, (
+        "white space makes no other document"
+    )
 
 
 def test_bad_input_is_refused_by_place_or_skipped_and_recorded(tokenizer_dir, tmp_path):
@@ -200,6 +202,36 @@ def test_failing_worker_ends_the_run_with_its_error(corpus, tokenizer_dir, tmp_p
     (tmp_path / "bad.jsonl").write_bytes(b"nothing\n")
     with pytest.raises(DataError, match=r"bad.jsonl, line 1: not a JSON object"):
         prepare([tmp_path / "bad.jsonl", corpus], tmp_path / "out", tokenizer_dir, CUT, workers=2)
+
+
+def test_a_second_prepare_at_the_same_time_removes_nothing(corpus, tokenizer_dir, tmp_path, monkeypatch):
+    """A command given twice: the first to end takes away the records that the other needs."""
+    monkeypatch.setattr(prepare_module, "UNIT_BYTES", 1)
+    arguments = ([corpus], tmp_path / "shards", tokenizer_dir, CHUNKS)
+    run_units = prepare_module._run_units
+
+    def and_the_first_ends_meanwhile(job, units, workers):
+        run_units(job, units[:-1], workers)
+        monkeypatch.setattr(prepare_module, "_run_units", run_units)
+        prepare(*arguments, workers=1)
+        run_units(job, units[-1:], workers)
+
+    monkeypatch.setattr(prepare_module, "_run_units", and_the_first_ends_meanwhile)
+    with pytest.raises(DataError, match="another prepare works in this folder"):
+        prepare(*arguments, workers=1)
+    verify(tmp_path / "shards")
+    assert len(read_manifest(tmp_path / "shards")["train"]["shards"]) == 6
+
+
+def test_words_that_the_tokenizer_does_not_know_are_told(tokenizer_dir, tmp_path):
+    texts = [f"{'a' if i % 4 else chr(0x0E01)} {i % 7}" for i in range(400)]  # a word in eight is Thai
+    source = write_jsonl(tmp_path / "text.jsonl", texts)
+    summary = prepare([source], tmp_path / "shards", tokenizer_dir, CUT, workers=1, held_out_fraction=0.2)
+    assert read_manifest(tmp_path / "shards")["unknown_tokens"] == 100
+    assert "12.50% of the tokens are [UNK]" in str(summary)
+    thai = write_jsonl(tmp_path / "thai.jsonl", [chr(0x0E01 + i) for i in range(40)])
+    with pytest.raises(DataError, match="the tokenizer knows no word of the held-out text; train one"):
+        prepare([thai], tmp_path / "other", tokenizer_dir, CUT, workers=1, held_out_fraction=0.2)
 
 
 def test_no_held_out_text_is_an_error(tokenizer_dir, tmp_path):

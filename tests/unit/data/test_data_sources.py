@@ -79,6 +79,10 @@ def test_folder_is_read_in_the_order_of_names_and_tells_what_it_leaves_out(tmp_p
     found = find_pieces([tmp_path])
     assert [piece.name for piece in found.pieces] == ["a/10.txt", "a/2.jsonl.gz", "b/1.txt"]
     assert found.left_out == {".md": 2, "LICENSE": 1}
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    (tmp_path / "more").symlink_to(tmp_path / "a")
+    found = find_pieces([tmp_path])
+    assert found.left_out == {".md": 2, "LICENSE": 1, "broken link": 1, "linked folder": 1}
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,10 @@ def test_small_text_gives_a_smaller_vocabulary_and_says_so(text, tmp_path):
     summary = str(train_tokenizer([text], tmp_path / "tokenizer", 4096))
     size = load_tokenizer(tmp_path / "tokenizer").vocab_size
     assert size < 200
-    assert f"{size} of 4,096 asked for: the text has no more; model rows {-(-size // 64) * 64}" in summary
+    assert (
+        f"{size} of 4,096 asked for: no more stand in the text twice; model rows {-(-size // 64) * 64}"
+        in summary
+    )
 
 
 def test_case_is_kept_on_request(text, tmp_path):
@@ -92,6 +95,29 @@ def test_learning_reads_no_more_than_its_share_of_each_file(tmp_path):
     train_tokenizer([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "out", 64, max_bytes=2000)
     vocabulary = load_tokenizer(tmp_path / "out").tokenizer.get_vocab()
     assert {"apple", "banana"} <= vocabulary.keys() and "q" not in vocabulary
+
+
+def test_a_large_file_is_read_with_what_small_ones_leave_of_their_shares(tmp_path):
+    """Else a folder of notes beside a book would leave the book's later chapters out."""
+    (tmp_path / "book.jsonl").write_text('{"text": "apple apple"}\n' * 50 + '{"text": "quux quux"}\n')
+    for number in range(50):
+        (tmp_path / f"note{number}.txt").write_text("a note")
+    train_tokenizer([tmp_path], tmp_path / "out", 128, max_bytes=2000)
+    assert "q" in load_tokenizer(tmp_path / "out").tokenizer.get_vocab()
+
+
+def test_a_language_of_many_characters_keeps_all_but_the_rarest(tmp_path):
+    """Of 2,000 characters as frequent as those of a real text (Zipf) and 3,000 that stand there once."""
+    common = [chr(0x4E00 + rank) for rank in range(2000)]
+    text = "".join(c * (40_000 // (rank + 1)) for rank, c in enumerate(common))
+    (tmp_path / "text.txt").write_text(text + "".join(chr(0x6000 + n) for n in range(100)))
+    summary = str(train_tokenizer([tmp_path / "text.txt"], tmp_path / "out", 8192))
+    found = load_tokenizer(tmp_path / "out")
+    (ids,) = found.encode([text])
+    assert ids.count(found.unk_id) < 0.001 * len(ids), summary
+    assert 1500 < found.vocab_size < 2100 and "of 2,100 characters, 99.9" in summary
+    train_tokenizer([tmp_path / "text.txt"], tmp_path / "small", 256)
+    assert load_tokenizer(tmp_path / "small").vocab_size <= 256
 
 
 @pytest.mark.parametrize(("size", "near"), [(30_522, 30_528), (0, 64), (-64, 64)])
