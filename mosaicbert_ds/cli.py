@@ -352,14 +352,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("train", "to learn from"),
         ("dev", "to score on"),
-        ("test", "whose score counts instead"),
+        ("test", "with labels too, whose score counts instead"),
     ):
         command.add_argument(
             f"--{name}",
             type=Path,
             required=name != "test",
             metavar="FILE",
-            help=f"rows {text}: .csv, .tsv or .jsonl",
+            help=f"rows {text}: .csv, .tsv (without quoting) or .jsonl",
         )
     command.add_argument(
         "--text", nargs="+", required=True, metavar="COLUMN", help="the text's column, or the two of a pair"
@@ -403,7 +403,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for table and plot")
     command.add_argument(
-        "--max-tokens", type=int, default=2_000_000, metavar="N", help="of the text (default: %(default)s)"
+        "--max-tokens",
+        type=_positive,
+        default=2_000_000,
+        metavar="N",
+        help="of the text (default: %(default)s)",
     )
 
     command = _command(

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,25 @@ class JobSpec:
         return self.jobs / self.job.name
 
 
+@dataclass(frozen=True)
+class _Scale:
+    """From what the model says to the task's numbers: `std` times it and `mean`."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    @staticmethod
+    def of(task: Task, labels: np.ndarray) -> "_Scale":
+        if not task.learns_standardised:
+            return _Scale()
+        return _Scale(float(np.mean(labels)), float(np.std(labels)) or 1.0)
+
+    @torch.no_grad()
+    def fold_into(self, head: torch.nn.Linear) -> None:
+        head.weight *= self.std
+        head.bias.mul_(self.std).add_(self.mean)
+
+
 def cuda_is_lost() -> bool:
     """Whether this process was forked from one that had started CUDA, and so cannot use it."""
     return torch.cuda._is_in_bad_fork()
@@ -110,6 +129,7 @@ def run_job(spec: JobSpec, device: torch.device, asked_to_stop: Callable[[], boo
         torch.cuda.set_device(device)
     job, task = spec.job, spec.task
     splits = {name: open_split(folder) for name, folder in spec.splits.items()}
+    scale = _Scale.of(task, splits["train"].labels)
     model = load_classifier(spec.start, task, job.seed, device, spec.config.hidden_dropout)
     schedule, peak = spec.config.schedule, spec.config.tasks[job.task].peak_lr
     trainer = Trainer(
@@ -133,9 +153,11 @@ def run_job(spec: JobSpec, device: torch.device, asked_to_stop: Callable[[], boo
 
     board = SummaryWriter(spec.work / "tensorboard", purge_step=trainer.steps_done + 1)
     try:
-        if not _train(spec, trainer, splits, board, asked_to_stop):
+        if not _train(spec, trainer, splits, scale, board, asked_to_stop):
             return False
-        logits = {name: _answer(spec, trainer, split) for name, split in splits.items() if name != "train"}
+        logits = {
+            name: _answer(spec, trainer, split, scale) for name, split in splits.items() if name != "train"
+        }
         values = score_logits(task, splits, logits)
         _show(board, values, trainer.steps_done)
     finally:
@@ -145,7 +167,9 @@ def run_job(spec: JobSpec, device: torch.device, asked_to_stop: Callable[[], boo
     write_durably(spec.work / "answers.safetensors", safetensors.numpy.save(answers))
     if job.keep_model:
         shutil.rmtree(spec.work / "model", ignore_errors=True)
-        write_folder(plain_classifier(trainer.finished_model()), spec.tokenizer, spec.work / "model")
+        model = trainer.finished_model()
+        scale.fold_into(model.classifier)
+        write_folder(plain_classifier(model), spec.tokenizer, spec.work / "model")
     result = {
         "task": job.task,
         "seed": job.seed,
@@ -171,11 +195,13 @@ def _train(
     spec: JobSpec,
     trainer: Trainer,
     splits: Mapping[str, EncodedSplit],
+    scale: _Scale,
     board: SummaryWriter,
     asked_to_stop: Callable[[], bool],
 ) -> bool:
     """All steps that are left. The device is waited for at the end of an epoch and to save."""
     job, config, train = spec.job, spec.config, splits["train"]
+    train = replace(train, labels=(np.asarray(train.labels) - scale.mean) / scale.std)
     row, lengths = config.tasks[job.task], train.lengths
     saved_s = time.monotonic()
     sort_window = config.sort_window if spec.pads else 1
@@ -204,7 +230,7 @@ def _train(
         _log_losses(board, trainer, first)
         if epoch + 1 < row.epochs:
             logits = {
-                name: _answer(spec, trainer, split)
+                name: _answer(spec, trainer, split, scale)
                 for name, split in splits.items()
                 if name != "train" and len(split.labels)
             }
@@ -223,7 +249,7 @@ def _tensors(checkpoint: disk.Checkpoint, kind: str) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def _answer(spec: JobSpec, trainer: Trainer, split: EncodedSplit) -> np.ndarray:
+def _answer(spec: JobSpec, trainer: Trainer, split: EncodedSplit, scale: _Scale) -> np.ndarray:
     """(rows, outputs) fp32: the model's answers, in the order of the rows."""
     lengths = split.lengths
     batches = evaluation_batches(lengths, _EVALUATION_TOKENS[trainer.losses.device.type])
@@ -234,7 +260,7 @@ def _answer(spec: JobSpec, trainer: Trainer, split: EncodedSplit) -> np.ndarray:
     ]
     logits = np.empty((split.num_rows, spec.task.num_outputs), np.float32)
     logits[np.concatenate(batches)] = torch.cat(parts).cpu().numpy()
-    return logits
+    return logits * np.float32(scale.std) + np.float32(scale.mean)
 
 
 def score_logits(

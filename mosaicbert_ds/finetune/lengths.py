@@ -90,7 +90,8 @@ def _long_text(
         ids = np.array(tokenizer.encode([document.text])[0], np.int64)
         whole = len(ids) // longest * longest
         pieces += [*ids[:whole].reshape(-1, longest)]
-        if len(pieces) * longest >= max_tokens:
+        if len(pieces) * longest >= max_tokens:  # also within a document: a book may be one
+            del pieces[max(1, max_tokens // longest) :]
             break
     if not pieces:
         raise DataError(

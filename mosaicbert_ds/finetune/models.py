@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from mosaicbert_ds.config import RunConfig
 from mosaicbert_ds.data.files import sha256_of, sha256_of_facts, write_durably
 from mosaicbert_ds.data.tokenizer import LoadedTokenizer, load_tokenizer
-from mosaicbert_ds.errors import CheckpointError, ConfigError, UserError
+from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from mosaicbert_ds.finetune.tasks import Task
 from mosaicbert_ds.model.build import load_weights
 from mosaicbert_ds.model.export import FORMAT_VERSION, export_model, read_tokenizer
@@ -69,6 +69,11 @@ class Pretrained:
         if (folder / "tokenizer.json").is_file() or not (folder / "vocab.txt").is_file():
             return load_tokenizer(folder)
         backend: Any = read_tokenizer(folder)
+        if not backend.is_fast:
+            kind = type(backend).__name__
+            raise DataError(
+                f"{folder}: {kind} is no WordPiece of the tokenizers library; give a model with one"
+            )
         made = scratch / f"tokenizer-{self.fingerprint[:12]}"
         write_durably(made / "tokenizer.json", backend.backend_tokenizer.to_str().encode())
         return load_tokenizer(made)
@@ -141,6 +146,10 @@ def _read_config(folder: Path) -> MosaicBertConfig | BertConfig:
     kind = facts.get("model_type") if isinstance(facts, dict) else None
     if kind not in _CONFIGS:
         raise CheckpointError(f"{path}: model_type is {kind!r}; allowed are {' and '.join(_CONFIGS)}")
+    if kind == "bert" and "alibi_starting_size" in facts:
+        raise CheckpointError(
+            f"{folder} is a published MosaicBERT; read it with: mosaicbert import {folder} OUT"
+        )
     # transformers would hide later tokens from earlier ones, and drop relative positions without a word.
     for key, allowed in (("is_decoder", False), ("position_embedding_type", "absolute")):
         if facts.get(key) not in (None, allowed):

@@ -290,7 +290,8 @@ def markdown(points: Sequence[Point]) -> str:
 
 def catching_up(points: Sequence[Point]) -> list[str]:
     """A sentence for each curve that reaches another's best score in less GPU time; between two checkpoints
-    the score is taken to rise with the logarithm of time."""
+    the score is taken to rise with the logarithm of time. It says so where in that other's time no
+    score is so much higher that its interval leaves that best one out."""
     curves: dict[str, list[Point]] = {}
     for point in _in_order(points):
         if point.gpu_hours:  # none before the first step that counts
@@ -308,11 +309,13 @@ def catching_up(points: Sequence[Point]) -> list[str]:
             before = mine[there - 1]
             share = (best.score - before.score) / (after.score - before.score)
             hours = before.gpu_hours * (after.gpu_hours / before.gpu_hours) ** share
+        is_clear = any(point.low > best.score for point in mine if point.gpu_hours <= best.gpu_hours)
         if hours < best.gpu_hours:
             said.append(
                 f"{fast} reaches {slow}'s best score, {best.score:.1f}, after {at_most}{factor * hours:.1f} "
                 f"GPU-{unit}, {slow} after {factor * best.gpu_hours:.1f}: "
-                f"{hours / best.gpu_hours:.2f} of its time."
+                f"{hours / best.gpu_hours:.2f} of its time"
+                f"{'.' if is_clear else ', within the 95 % intervals.'}"
             )
     return said
 

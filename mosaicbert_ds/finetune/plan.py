@@ -105,7 +105,7 @@ def plan_jobs(
             }
             facts: dict[str, Any] = {
                 "format": FORMAT_VERSION,
-                "task": [tasks[name].labels, tasks[name].label_range],
+                "task": [tasks[name].labels, tasks[name].label_range, *_standardised(tasks[name])],
                 "recipe": {k: v for k, v in to_tree(row).items() if k not in ("seeds", "starts_from")},
                 "shared": shared,
                 "data": dict(data[name].splits),
@@ -126,6 +126,10 @@ def plan_jobs(
     # by depth of the stage keeps each behind its start.
     depth = {name: _depth(config, name) for name in config.tasks}
     return sorted(jobs.values(), key=lambda job: (job.task not in parents, depth[job.task], -job.steps))
+
+
+def _standardised(task: Task) -> list[str]:
+    return ["standardised"] if task.learns_standardised else []
 
 
 def _depth(config: FinetuneConfig, name: str) -> int:

@@ -298,7 +298,11 @@ def _finetune_and_show(
         )
     print(table(results), end="", flush=True)
     if keep_models:
-        print(f"models in {request.out / 'jobs' / '*' / 'model'}", flush=True)
+        for name in results["jobs"]:
+            job = request.out / "jobs" / name
+            kept = (job / "model").is_dir()
+            gone = f"no model is left in {job}; remove it, and the same command makes it again"
+            print(f"model in {job / 'model'}" if kept else gone, flush=True)
 
 
 @contextlib.contextmanager

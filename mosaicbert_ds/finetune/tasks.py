@@ -36,6 +36,12 @@ class Task:
         return not self.labels
 
     @property
+    def learns_standardised(self) -> bool:
+        """Whether the model learns labels of mean 0 and deviation 1, whatever the user's numbers are: years
+        or prices are out of a new head's reach. STS-B's, of a known range, are learned as published."""
+        return self.is_regression and self.label_range is None
+
+    @property
     def num_outputs(self) -> int:
         """Width of the classifier."""
         return max(len(self.labels), 1)

@@ -119,7 +119,16 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises DataError where there is none or a special token is missing.
     """
     if (folder / "tokenizer_config.json").exists() or (folder / "vocab.txt").exists():
-        return AutoTokenizer.from_pretrained(folder)
+        try:
+            return AutoTokenizer.from_pretrained(folder)
+        except (
+            ImportError,
+            OSError,
+            ValueError,
+        ) as error:  # ImportError: of a class that needs another package
+            raise DataError(
+                f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}"
+            ) from None
     if not (folder / "tokenizer.json").exists():
         raise DataError(f"{folder} holds no tokenizer.json; give the folder that tokenizer training wrote")
     tokenizer = PreTrainedTokenizerFast(

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,9 @@ def test_the_time_to_anothers_best_score_is_told() -> None:
     assert catching_up([*bert, *mosaic]) == [
         "mosaic reaches bert's best score, 66.0, after 8.0 GPU-minutes, bert after 20.0: 0.40 of its time."
     ]
+    unsure = [replace(point, low=point.score - 3) for point in mosaic]
+    (said,) = catching_up([*bert, *unsure])
+    assert "0.40 of its time, within the 95 % intervals." in said
     (said,) = catching_up([*bert[:1], *mosaic])
     assert "60.0, after at most 4.0 GPU-minutes, bert after 5.0: 0.80" in said
     assert catching_up(bert) == catching_up([*bert, _point("mosaic", 30, 70.0)]) == []
