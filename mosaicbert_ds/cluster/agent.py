@@ -224,9 +224,9 @@ class Ranks:
             number = next((entry[5:] for entry in entries if entry.startswith(b"RANK=")), b"")
             if number.isdigit():
                 self.pids[int(number)] = pid
-                if self.is_stopping:  # asked before it was there
-                    os.kill(pid, signal.SIGTERM)
                 with contextlib.suppress(OSError):  # gone meanwhile, or a kernel before 5.3
+                    if self.is_stopping:  # asked before it was there
+                        os.kill(pid, signal.SIGTERM)
                     self._living.register(os.pidfd_open(pid), selectors.EVENT_READ, int(number))
 
     def wait(self, limit_s: float) -> None:

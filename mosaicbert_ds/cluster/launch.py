@@ -103,9 +103,8 @@ def launch(job: Job, hostfile: Path | None, restarts: int, min_hosts: int | None
             return outcome.code
         attempt += 1
         pause_s = attempt * _PAUSE_S if outcome.unreachable else 0  # it may be starting anew
-        _say(
-            f"error: {outcome.reason}; restart {attempt} of {restarts}{f' in {pause_s} s' if pause_s else ''}"
-        )
+        later = f" in {pause_s} s" if pause_s else ""
+        _say(f"error: {outcome.reason}; restart {attempt} of {restarts}{later}")
         until_s = time.monotonic() + pause_s
         while time.monotonic() < until_s and not stop.times:
             time.sleep(0.2)

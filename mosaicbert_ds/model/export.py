@@ -121,14 +121,9 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if (folder / "tokenizer_config.json").exists() or (folder / "vocab.txt").exists():
         try:
             return AutoTokenizer.from_pretrained(folder)
-        except (
-            ImportError,
-            OSError,
-            ValueError,
-        ) as error:  # ImportError: of a class that needs another package
-            raise DataError(
-                f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}"
-            ) from None
+        except (ImportError, OSError, ValueError) as error:  # the first: its class needs another package
+            reason = " ".join(str(error).split())
+            raise DataError(f"the tokenizer in {folder} cannot be read: {reason}") from None
     if not (folder / "tokenizer.json").exists():
         raise DataError(f"{folder} holds no tokenizer.json; give the folder that tokenizer training wrote")
     tokenizer = PreTrainedTokenizerFast(
