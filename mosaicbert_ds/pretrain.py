@@ -2,7 +2,8 @@
 
     deepspeed mosaicbert_ds/pretrain.py --recipe mosaicbert-base --data DIR --out DIR [key=value ...]
 
-The same command, given again, goes on from the run's newest checkpoint.
+The same command, given again, goes on from the run's newest checkpoint. A run begins from fresh weights, or
+with --init from those of another model: text of a domain after general text.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from mosaicbert_ds.data.loader import evaluation_batches, pretraining_batches
 from mosaicbert_ds.data.shards import ShardSet
 from mosaicbert_ds.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mosaicbert_ds.errors import ConfigError, UserError
+from mosaicbert_ds.finetune.models import initial_weights
 from mosaicbert_ds.model import build_pretraining_model, count_parameters
+from mosaicbert_ds.model.build import load_weights
 from mosaicbert_ds.ops import choose_kernels
 from mosaicbert_ds.training import saving
 from mosaicbert_ds.training.course import Course, Schedules
@@ -64,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             "--data and --out are needed: the folder of `mosaicbert data prepare`, and one for the run"
         )
     shards, held_out, tokenizer = _open_data(args.data, recipe)
+    first_weights = initial_weights(args.init, recipe.model, tokenizer) if args.init else None
     kernels = choose_kernels(recipe.engine.kernels)
     facts = {
         "recipe": to_tree(recipe),
@@ -100,6 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     model = build_pretraining_model(recipe.model, recipe.engine.compile)
     if found:
         saving.load_weights(model, checkpoint)
+    elif first_weights:
+        load_weights(model, first_weights, str(args.init))
     engine = build_engine(
         model,
         recipe.optimizer,
@@ -206,6 +212,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|STEP_DIR", help="where to start from (default: auto)"
+    )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="MODEL",
+        help="begin from these weights: a Hugging Face folder, as of `mosaicbert export` or `import`",
     )
     parser.add_argument(
         "--dry-run",

@@ -7,6 +7,7 @@ the code in the folder.
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from mosaicbert_ds.data.files import sha256_of, sha256_of_facts, write_durably
 from mosaicbert_ds.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from mosaicbert_ds.finetune.tasks import Task
-from mosaicbert_ds.model.build import load_weights
+from mosaicbert_ds.model import ModelConfig
+from mosaicbert_ds.model.build import load_weights, to_hf_config
 from mosaicbert_ds.model.export import FORMAT_VERSION, export_model, read_tokenizer
 from mosaicbert_ds.model.mosaicbert import (
     MosaicBertConfig,
@@ -41,6 +43,15 @@ _NEW = ("bert.pooler.", "classifier.")  # what a pretrained model need not have
 _CONFIGS: dict[str, type[MosaicBertConfig] | type[BertConfig]] = {
     "mosaicbert": MosaicBertConfig,
     "bert": BertConfig,
+}
+# What decides a network and stands in its config.json; rates of dropout may change.
+_NETWORK = (
+    *("model_type", "vocab_size", "type_vocab_size", "hidden_size", "num_hidden_layers"),
+    *("num_attention_heads", "intermediate_size", "layer_norm_eps"),
+)
+_NETWORK_OF = {
+    "mosaicbert": ("norm", "norm_placement", "masked_only_layers"),
+    "bert": ("max_position_embeddings", "hidden_act"),
 }
 
 
@@ -238,6 +249,33 @@ def load_masked_lm(folder: Path) -> MosaicBertForMaskedLM | BertForMaskedLM:
     model = MosaicBertForMaskedLM(config)
     load_weights(model, _load_file(folder / "model.safetensors"), str(folder))
     return model.eval()
+
+
+def initial_weights(folder: Path, model: ModelConfig, tokenizer: LoadedTokenizer) -> dict[str, Tensor]:
+    """fp32 weights by parameter name for a run of `model` that begins from the masked-LM model in `folder`.
+
+    A vocabulary is rounded up to the recipe's, as BERT's 30,522 words to 30,528. Raises CheckpointError for
+    another network, and for a tokenizer that numbers words otherwise.
+    """
+    given, wanted = load_masked_lm(folder), to_hf_config(model)
+    if given.config.vocab_size < wanted.vocab_size:
+        given.resize_token_embeddings(wanted.vocab_size, mean_resizing=False)
+    for key in (*_NETWORK, *_NETWORK_OF[wanted.model_type]):
+        theirs, ours = getattr(given.config, key, None), getattr(wanted, key)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{folder} has {key} {theirs}, the recipe {ours}; change the recipe's model"
+            )
+    with tempfile.TemporaryDirectory() as scratch:
+        words = find_pretrained(folder, Path(scratch)).tokenizer(Path(scratch)).tokenizer.get_vocab()
+    if words != tokenizer.tokenizer.get_vocab():
+        raise CheckpointError(
+            f"{folder} has another vocabulary than the shards; prepare them with --tokenizer {folder}"
+        )
+    weights = {name: weight.detach().clone() for name, weight in given.named_parameters()}
+    token_types = weights["bert.embeddings.token_type_embeddings.weight"]
+    token_types[1:] -= token_types[0].clone()  # which export adds
+    return weights
 
 
 def _read_encoder(folder: Path, config: MosaicBertConfig | BertConfig) -> dict[str, Tensor]:

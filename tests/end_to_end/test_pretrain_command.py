@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from launcher import SCRIPT, Launcher
+from safetensors.torch import load_file
 
-from mosaicbert_ds import pretrain
+from mosaicbert_ds import cli, pretrain
 from mosaicbert_ds.errors import UserError
 from mosaicbert_ds.training.faults import EXIT_STOPPED, EXIT_USER_ERROR
 
@@ -70,6 +72,33 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_losses_bit_for_bit(
         for run in (tmp_path / "whole", killed)
     )
     assert first["weights.safetensors"] == last["weights.safetensors"]
+
+
+def test_a_run_may_begin_from_another_models_weights_and_goes_on_from_its_own(
+    corpus: Path, tmp_path: Path, launcher: Launcher
+) -> None:
+    command = (*SMALL, "--data", str(corpus), "--out")
+    assert launcher.run(*command, str(tmp_path / "first"), "duration.samples=80") == 0
+    assert cli.main(["export", str(tmp_path / "first"), str(tmp_path / "model")]) == 0
+    # Steps of no size, so that what comes out must be what went in, token types included.
+    still = ("optimizer.peak_lr=1e-12", "optimizer.weight_decay=0", "duration.samples=16")
+    begins = (*command, str(tmp_path / "second"), "--init", str(tmp_path / "model"), *still)
+    assert launcher.run(*begins) == 0, launcher.log.read_text()[-3000:]
+    assert cli.main(["export", str(tmp_path / "second"), str(tmp_path / "again")]) == 0
+    given, found = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "again"))
+    for name, weight in given.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=name)
+    assert launcher.run(*begins[:-1], "duration.samples=32") == 0
+    assert "going on from step 2" in launcher.log.read_text(), "its own, not the model's again"
+
+    init = ("--init", str(tmp_path / "model"))
+    message = mistake(tmp_path, corpus, *init, "model.hidden_size=64")
+    assert "has hidden_size 32, the recipe 64; change the recipe's model" in message
+    tokenizer = tmp_path / "model" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"the"', '"teh"'))
+    assert "another vocabulary than the shards; prepare them with --tokenizer" in mistake(
+        tmp_path, corpus, *init
+    )
 
 
 def test_asked_to_stop_it_saves_and_says_so_and_the_same_command_goes_on(
