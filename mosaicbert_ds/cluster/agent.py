@@ -32,6 +32,7 @@ HEARTBEATS_VARIABLE = "MOSAICBERT_HEARTBEATS"  # the folder where `dist.beat` to
 BEAT_EVERY_S = 1.0
 SILENCE_LIMIT_S = 20.0  # no word from the other end for so long: it, or the network, is gone
 _LOOK_EVERY_S = 0.2
+_HAVE_STOP_REQUEST = ("pretrain.py",)
 _KILL_LIMIT_S = 10.0  # a process in the kernel's hands may take a moment to go
 
 
@@ -165,8 +166,10 @@ def start_ranks(order: dict[str, Any], interface: str) -> "subprocess.Popen[byte
         JOB_VARIABLE: order["job"],
         HEARTBEATS_VARIABLE: str(heartbeat_folder(order["job"])),
     }
-    # Held: DeepSpeed's launcher would end its ranks; they hear it from when they have a `StopRequest`.
-    with signals_held():
+    # Held: DeepSpeed's launcher would end its ranks; they hear it from when they have a `StopRequest`. Other
+    # scripts have none, and would never hear it, nor would their children.
+    hears = Path(order["command"][0]).name in _HAVE_STOP_REQUEST
+    with signals_held() if hears else contextlib.nullcontext():
         return subprocess.Popen(
             command,
             cwd=order["folder"],

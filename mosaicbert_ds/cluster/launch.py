@@ -13,6 +13,7 @@ an hour for a host that is gone. And a run that broke is started again, on the h
 
 import contextlib
 import json
+import math
 import os
 import queue
 import re
@@ -39,6 +40,7 @@ END_LIMIT_S = 15.0
 _HELLO_LIMIT_S = 60.0  # to reach a host and start Python there, on a slow shared disk
 _STOPPED_LIMIT_S = 300.0  # from one host's "stopped on request" to the last one's: its checkpoint is written
 _PAUSE_S = 60  # before the first start after a host did not answer; twice that before the second, ...
+_ONE_REQUEST_S = 1.0  # signals that are no further apart are one request, but for a person's Ctrl-C
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOCAL = "localhost"
 
@@ -71,12 +73,16 @@ class StopRequest:
     """Counts SIGTERM, SIGINT and SIGUSR1: the first asks the ranks to save and stop, the next ends them."""
 
     def __init__(self) -> None:
-        self.times = 0
+        self.times, self._asked_at_s = 0, -math.inf
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.times += 1
+        # A scheduler tells every process of a job, and a batch script passes it on: that is one request.
+        now_s = time.monotonic()
+        if number == signal.SIGINT or now_s - self._asked_at_s > _ONE_REQUEST_S:
+            self.times += 1
+        self._asked_at_s = now_s
 
 
 def launch(job: Job, hostfile: Path | None, restarts: int, min_hosts: int | None) -> int:

@@ -134,6 +134,7 @@ def prepare(
         "text_field": text_field,
         "shard_bytes": shard_bytes,
         "held_out_fraction": None if held_out else held_out_fraction,
+        "copies": "by words",
         "sources": [[piece.name, piece.num_bytes] for piece in train.pieces],
         "held_out_sources": [[piece.name, piece.num_bytes] for piece in held_out_pieces],
     }
@@ -172,6 +173,11 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     else:
         write_durably(work, json.dumps(settings).encode())
         return False
+    is_finished = (folder / "manifest.json").exists()
+    if (
+        is_finished
+    ):  # by a version that told copies by the bytes of their text: whole, but nothing is added to it
+        earlier = {"copies": settings["copies"]} | earlier
     changed = [
         _difference(key, earlier.get(key), settings[key])
         for key in settings
@@ -181,7 +187,7 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
         raise DataError(
             f"{folder} has other settings: {'; '.join(changed)}; restore them, or choose a new folder"
         )
-    return (folder / "manifest.json").exists()
+    return is_finished
 
 
 def _difference(key: str, earlier: Any, now: Any) -> str:
@@ -510,17 +516,19 @@ def _summary(folder: Path) -> Summary:
         *((s, f"{manifest[s]['samples']:,} samples, {manifest[s]['tokens']:,} tokens") for s in SPLITS),
         ("skipped", ", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items())) or "nothing"),
         ("files not read", ", ".join(f"{n:,} {kind}" for kind, n in manifest["left_out"].items()) or "none"),
-        ("unknown words", f"{_share_unknown(manifest):.2%} of the tokens are [UNK]"),
+        ("unknown words", _unknown_said(manifest)),
         ("unigram entropy", f"{nats:.3f} nats (perplexity {math.exp(nats):,.0f})"),
         ("fingerprint", manifest["fingerprint"]),
     ]
     return Summary(f"shards in {folder}", tuple(rows))
 
 
-def _share_unknown(manifest: dict[str, Any]) -> float:
-    """Of the tokens that are words: not [CLS] and [SEP], two a sample."""
+def _unknown_said(manifest: dict[str, Any]) -> str:
+    """The share of the tokens that are words: not [CLS] and [SEP], two a sample."""
+    if "unknown_tokens" not in manifest:
+        return "not counted by the version that made it"
     words = sum(manifest[split]["tokens"] - 2 * manifest[split]["samples"] for split in SPLITS)
-    return manifest.get("unknown_tokens", 0) / max(words, 1)  # older manifests do not say
+    return f"{manifest['unknown_tokens'] / max(words, 1):.2%} of the tokens are [UNK]"
 
 
 def _hash(text: str) -> int:

@@ -81,14 +81,16 @@ def choose_checkpoint(resume: str, root: Path) -> tuple[disk.Checkpoint | None, 
             raise CheckpointError(f"{root} holds checkpoints already; give --resume auto or another --out")
         return None, []
     path = Path(resume)
+    is_anothers = path.resolve().parent != root.resolve()
+    if is_anothers and path.name.startswith("step-") and not path.exists() and disk.saved_steps(root):
+        own, notes = disk.newest_verified(root)
+        return own, [*notes, f"--resume {path} is gone: the run goes on with its own steps"]
     if not path.is_dir():
         raise CheckpointError(f"--resume is '{resume}'; allowed are auto, never or the folder of a step")
     checkpoint = disk.open_verified(path)
     newest = next(iter(disk.saved_steps(root)), None)
     if newest and disk.step_number(newest) > checkpoint.state["progress"]["step"]:
-        if (
-            path.resolve().parent != root.resolve()
-        ):  # this run began from another's step, and has come further
+        if is_anothers:  # this run began from that step, and has come further
             own, notes = disk.newest_verified(root)
             return own, [
                 *notes,

@@ -270,7 +270,7 @@ def test_ranks_take_the_gpus_that_the_host_or_the_job_makes_visible(
 
 def test_asked_to_stop_before_the_ranks_can_hear_it_the_launcher_passes_it_on(tmp_path: Path) -> None:
     """A rank imports for seconds before it listens; a pre-empted job must not count as failed."""
-    script = tmp_path / "slow_start.py"
+    script = tmp_path / "pretrain.py"
     script.write_text(
         "import sys, time\n"
         "from mosaicbert_ds.training.faults import EXIT_STOPPED, StopRequest\n"

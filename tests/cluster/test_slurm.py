@@ -114,18 +114,17 @@ def test_the_batch_script_trains_saves_when_asked_is_queued_again_and_goes_on(
     run = hosts.out / "slurm-run"
     seen = hosts.view("node0") / run.name
     job = slurm.submit("train", hosts.count, "launch/pretrain.sbatch", *command(hosts, corpus, run)[1:])
-    # What --signal=B:USR1@300 does in its time, to the script; then what pre-emption does, to all others.
-    for times, (step, signal) in enumerate(((3, ("--signal=USR1", "--batch")), (7, ("--signal=TERM",))), 1):
-        slurm.wait_until(lambda: max(losses(seen), default=0) >= step)  # noqa: B023
-        slurm.call("scancel", *signal, job)
+    # What --signal=B:USR1@300 does in its time, to the script; what pre-emption does, to all others; to all.
+    stops = (("scancel", "--signal=USR1", "--batch"), ("scancel", "--signal=TERM"), ("scontrol", "requeue"))
+    for times, stop in enumerate(stops, 1):
+        slurm.wait_until(lambda: max(losses(seen), default=0) >= 3 * times)  # noqa: B023
+        slurm.call(*stop, job)
         slurm.wait_until(lambda: slurm.facts(job)["Restarts"] == str(times))  # noqa: B023
         assert slurm.log().count("the same command goes on from there") >= times, slurm.log()
         slurm.wait_until(lambda: slurm.facts(job)["JobState"] == "PENDING")
-        time.sleep(
-            2
-        )  # a credential made in the second in which the last one was revoked counts as revoked too
+        time.sleep(2)  # a credential made in the second in which the last was revoked counts as revoked too
         slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes otherwise
-    slurm.wait_until(lambda: max(losses(seen), default=0) >= 11)
+    slurm.wait_until(lambda: max(losses(seen), default=0) >= 12)
     hosts.kill("node1", "pretrain.py --local_rank=0")  # and the wrapper starts it again
     slurm.wait_for_end(job)
     assert "rank 1 on node1 was killed (SIGKILL)" in slurm.log()

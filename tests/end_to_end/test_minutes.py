@@ -22,11 +22,22 @@ def run(cwd: Path, *arguments: str, path: str = "", **environment: str) -> subpr
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("gpus", "used"), [(0, ["0", "0"]), (1, ["0", "0"]), (2, ["0", "1"])])
-def test_each_recipe_has_a_gpu_where_there_are_enough(gpus: int, used: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("gpus", "visible", "used"),
+    [
+        (0, "", ["0", "0"]),
+        (1, "", ["0", "0"]),
+        (2, "", ["0", "1"]),
+        (8, "6,3", ["6", "3"]),
+        (8, "5", ["5", "5"]),
+    ],
+)
+def test_each_recipe_has_a_gpu_where_there_are_enough(
+    gpus: int, visible: str, used: list[str], tmp_path: Path
+) -> None:
     """With programs that only note how they were called; BERT's training fails at its second budget."""
     programs = {
-        "nvidia-smi": f"for i in $(seq {gpus}); do echo GPU $i; done",
+        "nvidia-smi": f"for ((i = 0; i < {gpus}; i++)); do echo $i; done",
         "deepspeed": 'echo "train $2 $9 ${13} ${14}" >> "$(basename "$9")"; [ "$9 ${14##*=}" != "bert 5" ]',
         "mosaicbert": 'echo "$CUDA_VISIBLE_DEVICES $*" >> "$1"',
     }
@@ -35,7 +46,17 @@ def test_each_recipe_has_a_gpu_where_there_are_enough(gpus: int, used: list[str]
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     path = str(tmp_path / "bin")
-    ended = run(tmp_path, "shards", "glue", "out", "2.5", "5", path=path, RECIPES="my/mosaic.yaml bert")
+    ended = run(
+        tmp_path,
+        "shards",
+        "glue",
+        "out",
+        "2.5",
+        "5",
+        path=path,
+        RECIPES="my/mosaic.yaml bert",
+        CUDA_VISIBLE_DEVICES=visible,
+    )
     assert ended.returncode != 0, "the other model's runs go on, and the failure is told"
     assert not (tmp_path / "plot").exists()
     for recipe, gpu in zip(("my/mosaic.yaml", "bert"), used, strict=True):

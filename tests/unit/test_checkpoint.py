@@ -580,6 +580,10 @@ def test_going_back_in_a_run_that_has_newer_steps_is_refused(tmp_path: Path) -> 
     assert found is not None, "a run that began from another's step goes on with its own by the same command"
     assert_holds(found, 2)
     assert "goes on with its own steps" in note
+    shutil.rmtree(tmp_path / "other")  # pruned meanwhile
+    found, (note,) = choose_checkpoint(str(tmp_path / "other" / "step-00000001"), tmp_path / "run")
+    assert found is not None and "is gone" in note
+    save(tmp_path / "other", 1)
     found, _ = choose_checkpoint(str(tmp_path / "run" / "step-00000001"), tmp_path / "new")
     assert found is not None
     assert_holds(found, 1)
