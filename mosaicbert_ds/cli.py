@@ -92,7 +92,7 @@ def _export(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from mosaicbert_ds.model.import_ import import_published
 
-    import_published(args.source, args.out, trust_pickle=args.trust_pickle)
+    import_published(args.source, args.out, args.trust_pickle, args.tokenizer)
     print(f"{args.source} imported to {args.out}")
 
 
@@ -322,6 +322,9 @@ def _parser() -> argparse.ArgumentParser:
         "--trust-pickle",
         action="store_true",
         help="read pytorch_model.bin; only for a file whose author you trust",
+    )
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="that it was trained with, if SRC holds none"
     )
 
     command = _command(commands, "plot", _plot, "draw the loss curve of one or several runs")

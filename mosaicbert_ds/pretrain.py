@@ -122,9 +122,10 @@ def main(argv: list[str] | None = None) -> int:
         telemetry = Telemetry(args.out, plan, recipe.to_yaml(), progress)
         for line in notes:
             telemetry.say(line)
-        telemetry.say(
-            f"{num_parameters:,} parameters; {kernels} kernels; {plan}; going on from step {progress.step:,}"
-        )
+        where = f"going on from step {progress.step:,}"
+        if plan.part_done(progress) >= 1:
+            where = f"finished at step {progress.step:,}; give a longer duration to go on"
+        telemetry.say(f"{num_parameters:,} parameters; {kernels} kernels; {plan}; {where}")
     saver = saving.Saver(args.out / "checkpoints", recipe.checkpoint, facts)
     batches = pretraining_batches(
         shards,

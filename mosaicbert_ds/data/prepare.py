@@ -59,6 +59,8 @@ from mosaicbert_ds.errors import ConfigError, DataError
 SHARD_BYTES = 64 * 2**20
 # Files smaller than this share a unit: 100,000 small files must not become 100,000 shards.
 UNIT_BYTES = 8 * 2**20
+# A loss over 15 % of so many held-out tokens has a standard error of about 0.1.
+_FEW_TOKENS = 5_000
 # Text handed to the tokenizer at once: enough for all its threads, little enough for the memory.
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 2**22, 2048
 
@@ -520,6 +522,9 @@ def _summary(folder: Path) -> Summary:
         ("unigram entropy", f"{nats:.3f} nats (perplexity {math.exp(nats):,.0f})"),
         ("fingerprint", manifest["fingerprint"]),
     ]
+    if manifest["val"]["tokens"] < _FEW_TOKENS:
+        few = "so little that its loss says little; give more by --held-out-fraction, and a new folder"
+        rows.insert(3, ("held out", few))
     return Summary(f"shards in {folder}", tuple(rows))
 
 

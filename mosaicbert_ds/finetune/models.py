@@ -77,7 +77,12 @@ class Pretrained:
     def tokenizer(self, scratch: Path) -> LoadedTokenizer:
         """The model's tokenizer; where there is only a vocab.txt, a tokenizer.json is made in `scratch`."""
         folder = self.folder if self.checkpoint is None else _tokenizer_of(self.checkpoint)
-        if (folder / "tokenizer.json").is_file() or not (folder / "vocab.txt").is_file():
+        has_json, has_words = ((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+        if self.checkpoint is None and not has_json and not has_words:
+            raise DataError(
+                f"{folder} holds a model without its tokenizer; copy the one that it was trained with into it"
+            )
+        if has_json or not has_words:
             return load_tokenizer(folder)
         backend: Any = read_tokenizer(folder)
         if not backend.is_fast:
@@ -150,6 +155,10 @@ def _tokenizer_of(checkpoint: Checkpoint) -> Path:
 
 def _read_config(folder: Path) -> MosaicBertConfig | BertConfig:
     path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no config.json; give a folder as of `mosaicbert export RUN MODEL`"
+        )
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -102,6 +102,11 @@ def write_folder(model: PreTrainedModel, tokenizer_dir: Path | None, out: Path) 
                 longest = model.config.max_position_embeddings
                 tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
             tokenizer.save_pretrained(folder)
+            settings = folder / "tokenizer_config.json"  # its class by the name that transformers 4 knows too
+            text = settings.read_text(encoding="utf-8")
+            settings.write_text(
+                text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8"
+            )
             model.config.pad_token_id = tokenizer.pad_token_id
         if isinstance(model, mosaicbert.MosaicBertPreTrainedModel):
             model.config.auto_map = AUTO_MAP

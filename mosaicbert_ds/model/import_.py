@@ -51,8 +51,12 @@ WORD_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 log = logging.getLogger(__name__)
 
 
-def import_published(src: Path, out: Path, trust_pickle: bool = False) -> None:
+def import_published(
+    src: Path, out: Path, trust_pickle: bool = False, tokenizer_dir: Path | None = None
+) -> None:
     """Read the published checkpoint in folder `src` and write it to `out` as an exported folder.
+
+    tokenizer_dir: of the tokenizer that it was trained with, where `src` holds none.
 
     A classifier keeps its classifier. pytorch_model.bin is a pickle and read only with `trust_pickle`, and
     then without running code from it. Raises CheckpointError listing every name and shape that does not
@@ -68,10 +72,16 @@ def import_published(src: Path, out: Path, trust_pickle: bool = False) -> None:
         model = MosaicBertForMaskedLM(config)
     load_weights(model, weights, str(src))
 
-    has_tokenizer = any((src / name).exists() for name in TOKENIZER_FILES)
-    if not has_tokenizer:
-        log.warning("%s holds no tokenizer, so %s gets none either", src, out)
-    write_folder(model, src if has_tokenizer else None, out)
+    if tokenizer_dir is None and any((src / name).exists() for name in TOKENIZER_FILES):
+        tokenizer_dir = src
+    if tokenizer_dir is None:
+        log.warning(
+            "%s holds no tokenizer, so %s gets none either; give --tokenizer DIR, the published models were "
+            "trained with bert-base-uncased's",
+            src,
+            out,
+        )
+    write_folder(model, tokenizer_dir, out)
 
 
 def _read_config(src: Path) -> MosaicBertConfig:
@@ -90,6 +100,10 @@ def _read_config(src: Path) -> MosaicBertConfig:
 
 
 def _read_weights(src: Path, trust_pickle: bool) -> dict[str, Tensor]:
+    if not src.is_dir():
+        raise CheckpointError(
+            f"{src} is no folder; download the model first: hf download {src} --local-dir DIR"
+        )
     safe, pickled = src / "model.safetensors", src / "pytorch_model.bin"
     try:
         if safe.exists():

@@ -402,6 +402,13 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
             self.pooler = MosaicBertPooler(config)
         self.post_init()
 
+    # What is tied and resized. transformers 5 finds it by name; 4, which exported models load in too, asks.
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value  # type: ignore[assignment]
+
     @can_return_tuple
     def forward(
         self,
@@ -449,6 +456,12 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
         self.bert = MosaicBertModel(config)
         self.cls = MosaicBertMaskedLMHead(config)
         self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.cls.predictions.decoder = new_embeddings  # type: ignore[assignment]
 
     @can_return_tuple
     def forward(

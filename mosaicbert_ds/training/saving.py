@@ -122,7 +122,7 @@ def check_fits(checkpoint: disk.Checkpoint, facts: dict[str, Any]) -> list[str]:
         if theirs[key] != ours[key]:
             raise CheckpointError(
                 f"{checkpoint.path} was trained with other {meaning} ({key} {theirs[key]}, now {ours[key]}); "
-                "to go on in the same order give the same, or start a new run with another --out"
+                "to go on in the same order give the same, or begin a new run from its export, with --init"
             )
     changes = _changes(_flat(theirs["recipe"]), _flat(ours["recipe"]))
     return [f"changed since the checkpoint: {line}" for line in changes.values()]

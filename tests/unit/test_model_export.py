@@ -21,6 +21,7 @@ from transformers import (
 from mosaicbert_ds.errors import CheckpointError, DataError, UserError
 from mosaicbert_ds.model import (
     ModelConfig,
+    MosaicBertForMaskedLM,
     MosaicBertForSequenceClassification,
     build_pretraining_model,
     export_model,
@@ -151,6 +152,15 @@ def test_a_bert_export_is_a_plain_hugging_face_folder(tokenizer_dir, tmp_path):
     assert tokenizer.model_max_length == config.max_position_embeddings, "what is longer is cut, not an error"
     weights, facts = (tmp_path / "out" / name for name in ("model.safetensors", "config.json"))
     assert weights.stat().st_mode == facts.stat().st_mode, "whoever may read one may read the other"
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast", "which transformers 4 knows as well"
+
+
+def test_embeddings_and_decoder_are_found_by_the_calls_that_transformers_4_ties_them_with():
+    model = MosaicBertForMaskedLM(to_hf_config(TINY))
+    assert model.get_output_embeddings() is model.cls.predictions.decoder
+    assert model.get_input_embeddings() is model.bert.embeddings.word_embeddings
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_export_refuses_to_overwrite(tokenizer_dir, tmp_path):
@@ -263,10 +273,16 @@ def test_import_keeps_a_classifier_and_the_tokenizer(published, tokenizer_dir, t
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
 
 
-def test_import_says_when_there_is_no_tokenizer(published, tmp_path, caplog):
+def test_import_says_when_there_is_no_tokenizer_and_takes_one_from_elsewhere(
+    published, tokenizer_dir, tmp_path, caplog
+):
     import_published(published, tmp_path / "out")
-    assert "holds no tokenizer" in caplog.text
+    assert "holds no tokenizer" in caplog.text and "give --tokenizer DIR" in caplog.text
     assert not (tmp_path / "out" / "tokenizer.json").exists()
+    import_published(published, tmp_path / "whole", tokenizer_dir=tokenizer_dir)
+    assert (tmp_path / "whole" / "tokenizer.json").exists()
+    with pytest.raises(CheckpointError, match=r"org/name is no folder; .* hf download org/name"):
+        import_published(Path("org/name"), tmp_path / "other")
 
 
 def test_import_names_what_a_folder_lacks(published, tmp_path):

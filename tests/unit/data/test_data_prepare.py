@@ -229,6 +229,7 @@ def test_words_that_the_tokenizer_does_not_know_are_told(tokenizer_dir, tmp_path
     summary = prepare([source], tmp_path / "shards", tokenizer_dir, CUT, workers=1, held_out_fraction=0.2)
     assert read_manifest(tmp_path / "shards")["unknown_tokens"] == 100
     assert "12.50% of the tokens are [UNK]" in str(summary)
+    assert "held out         so little that its loss says little; give more" in str(summary)
     thai = write_jsonl(tmp_path / "thai.jsonl", [chr(0x0E01 + i) for i in range(40)])
     with pytest.raises(DataError, match="the tokenizer knows no word of the held-out text; train one"):
         prepare([thai], tmp_path / "other", tokenizer_dir, CUT, workers=1, held_out_fraction=0.2)
