@@ -22,7 +22,6 @@ from mosaicbert_ds.data.tokenizer import LoadedTokenizer, load_tokenizer
 from mosaicbert_ds.errors import ConfigError, UserError
 from mosaicbert_ds.finetune.models import initial_weights
 from mosaicbert_ds.model import build_pretraining_model, count_parameters
-from mosaicbert_ds.model.build import load_weights
 from mosaicbert_ds.ops import choose_kernels
 from mosaicbert_ds.training import saving
 from mosaicbert_ds.training.course import Course, Schedules
@@ -67,7 +66,6 @@ def main(argv: list[str] | None = None) -> int:
             "--data and --out are needed: the folder of `mosaicbert data prepare`, and one for the run"
         )
     shards, held_out, tokenizer = _open_data(args.data, recipe)
-    first_weights = initial_weights(args.init, recipe.model, tokenizer) if args.init else None
     kernels = choose_kernels(recipe.engine.kernels)
     facts = {
         "recipe": to_tree(recipe),
@@ -77,13 +75,15 @@ def main(argv: list[str] | None = None) -> int:
         "versions": versions(),
         "world_size": plan.world_size,
     }
-    checkpoint, notes, lock = None, list[str](), None
+    checkpoint, first_weights, notes, lock = None, None, list[str](), None
     if dist.is_main():
         lock = lock_run_folder(args.out)  # first: a run that is ending may still save and prune
         try:
             checkpoint, notes = saving.choose_checkpoint(args.resume, args.out / "checkpoints")
             if checkpoint:
                 notes += saving.check_fits(checkpoint, facts)
+            elif args.init:
+                first_weights = initial_weights(args.init, recipe.model, tokenizer)
             record_start(args.out, recipe.to_yaml(), ds_config, tokenizer.folder)
         except UserError:
             lock.close()
@@ -104,8 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     model = build_pretraining_model(recipe.model, recipe.engine.compile)
     if found:
         saving.load_weights(model, checkpoint)
-    elif first_weights:
-        load_weights(model, first_weights, str(args.init))
+    elif args.init:
+        saving.begin_with(model, first_weights, str(args.init))
     engine = build_engine(
         model,
         recipe.optimizer,

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from mosaicbert_ds import dist
 from mosaicbert_ds.errors import CheckpointError
 from mosaicbert_ds.model import ModelConfig
+from mosaicbert_ds.model.build import load_weights as copy_weights
 from mosaicbert_ds.training import checkpoint as disk
 from mosaicbert_ds.training import engine as ds
 from mosaicbert_ds.training.progress import Progress, crosses
@@ -134,6 +136,16 @@ def load_weights(model: nn.Module, checkpoint: disk.Checkpoint | None) -> None:
     dist.on_main(lambda: _check_names(checkpoint, expected))
     for name, weight in model.named_parameters():
         weight.data.copy_(_broadcast(checkpoint, "weights", name, weight.shape))
+
+
+def begin_with(model: PreTrainedModel, weights: dict[str, torch.Tensor] | None, source: str) -> None:
+    """Fill the fp32 `model` with the main rank's `weights`, by name and of `source`, on all ranks. `None`
+    elsewhere."""
+    if dist.is_main():
+        assert weights is not None
+        copy_weights(model, weights, source)
+    for weight in model.parameters():
+        weight.data.copy_(dist.broadcast(weight.data.to(dist.device())))
 
 
 def load_moments(engine: Any, checkpoint: disk.Checkpoint | None) -> None:

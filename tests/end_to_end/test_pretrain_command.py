@@ -88,13 +88,14 @@ def test_a_run_may_begin_from_another_models_weights_and_goes_on_from_its_own(
     given, found = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "again"))
     for name, weight in given.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=name)
-    assert launcher.run(*begins[:-1], "duration.samples=32") == 0
+    (tmp_path / "model").rename(tmp_path / "moved")
+    assert launcher.run(*begins[:-1], "duration.samples=32") == 0, launcher.log.read_text()[-3000:]
     assert "going on from step 2" in launcher.log.read_text(), "its own, not the model's again"
 
-    init = ("--init", str(tmp_path / "model"))
+    init = ("--init", str(tmp_path / "moved"))
     message = mistake(tmp_path, corpus, *init, "model.hidden_size=64")
     assert "has hidden_size 32, the recipe 64; change the recipe's model" in message
-    tokenizer = tmp_path / "model" / "tokenizer.json"
+    tokenizer = tmp_path / "moved" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"the"', '"teh"'))
     assert "another vocabulary than the shards; prepare them with --tokenizer" in mistake(
         tmp_path, corpus, *init
