@@ -101,6 +101,28 @@ def test_resume_gives_the_same_losses_and_weights_bit_for_bit(
     assert last_loss < first, "eight steps at this rate must lower the loss"
 
 
+def _train_and_look_before_each_save(recipe: Path, data: Path, folder: Path) -> None:
+    from mosaicbert_ds.training.saving import Saver
+
+    save, seen = Saver.save, []
+
+    def look_and_save(saver: Saver, engine: Any, progress: Any, *more: Any, **others: Any) -> None:
+        seen.append(max(losses(folder / "run", "evaluation/loss"), default=0) == progress.step)
+        save(saver, engine, progress, *more, **others)
+
+    Saver.save = look_and_save  # type: ignore[method-assign]
+    train(recipe, data, folder / "run")
+    (folder / "seen").write_text(json.dumps(seen))
+
+
+def test_what_was_measured_up_to_a_step_is_on_the_disk_before_the_step(
+    recipe: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """A run that is killed right after a save goes on behind that evaluation and never makes it again."""
+    run_on_ranks(_train_and_look_before_each_save, 1, recipe, corpus, tmp_path)
+    assert json.loads((tmp_path / "seen").read_text()) == [True, True]
+
+
 def _train_clipped(recipe: Path, data: Path, folder: Path) -> None:
     for stage in ("zero0", "zero1", "zero2"):
         config = folder / f"{stage}.json"

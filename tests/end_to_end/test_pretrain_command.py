@@ -1,5 +1,6 @@
 """The pretraining command as people run it: through the launcher, killed, stopped, mistyped."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -129,6 +130,20 @@ def mistake(tmp_path: Path, corpus: Path, *changes: str, data: Path | None = Non
     with pytest.raises(UserError) as refusal:
         pretrain.main([*arguments, "--data", str(data or corpus), "--out", str(tmp_path / out)])
     return str(refusal.value)
+
+
+def test_a_start_chooses_its_step_when_no_other_writes_any_more(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would go on from a step that is not the last, or that is removed meanwhile."""
+
+    def choose(resume: str, root: Path) -> None:
+        with (root.parent / ".lock").open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        raise UserError("looked")
+
+    monkeypatch.setattr(pretrain.saving, "choose_checkpoint", choose)
+    assert mistake(tmp_path, corpus) == "looked"
 
 
 def test_a_newcomers_mistakes_are_one_sentence_each(corpus: Path, tmp_path: Path, launcher: Launcher) -> None:
