@@ -166,8 +166,10 @@ def prepare(
 def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether `folder` is complete; starts it if it is new. Raises DataError if it was made otherwise."""
     work = folder / "work" / "settings.json"
-    if (folder / "manifest.json").exists():
-        earlier = read_manifest(folder)["settings"]
+    is_finished = (folder / "manifest.json").exists()
+    if is_finished:
+        # One by a version that told copies by the bytes of their text is whole, and nothing is added to it.
+        earlier = {"copies": settings["copies"]} | read_manifest(folder)["settings"]
     elif work.exists():
         earlier = json.loads(work.read_text())
     elif folder.exists() and (not folder.is_dir() or any(path.name != "work" for path in folder.iterdir())):
@@ -175,11 +177,6 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     else:
         write_durably(work, json.dumps(settings).encode())
         return False
-    is_finished = (folder / "manifest.json").exists()
-    if (
-        is_finished
-    ):  # by a version that told copies by the bytes of their text: whole, but nothing is added to it
-        earlier = {"copies": settings["copies"]} | earlier
     changed = [
         _difference(key, earlier.get(key), settings[key])
         for key in settings

@@ -202,9 +202,8 @@ def _check_zero(block: dict[str, Any], path: Path) -> None:
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(str(part) for part in ("zero_optimization", *fault["loc"]))
-        given = json.dumps(
-            fault["input"] if fault["loc"] else block
-        )  # no place: keys that do not go together
+        # A fault without a place is of keys that do not go together.
+        given = json.dumps(fault["input"] if fault["loc"] else block)
         raise ConfigError(f"{path}: {key} is {given}; {fault['msg'][0].lower()}{fault['msg'][1:]}") from None
     if block.get("round_robin_gradients"):
         raise ConfigError(
