@@ -19,6 +19,7 @@ import pytest
 from browser import Browser, find_chromium
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mosaicbert_ds.errors import TrainingError
 from mosaicbert_ds.training.course import Course, Schedules
 from mosaicbert_ds.training.optimizer import OptimizerConfig, ScheduleConfig
 from mosaicbert_ds.training.plan import BatchPlan
@@ -150,6 +151,13 @@ def test_tensorboard_shows_every_chart_of_the_dashboard(chromium: str, tmp_path:
     # Each line is drawn smoothed, over a pale copy of itself as it is.
     assert {title: lines // 2 for title, lines in found.items()} == expected
     assert next(iter(found)).startswith("loss")
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full")  # the buffer takes the line, the disk does not
+    monkeypatch.setattr("mosaicbert_ds.training.telemetry._open_after", lambda *_: full.open("a"))
+    with pytest.raises(TrainingError, match=r"run cannot be written: No space left on device; make room"):
+        write(tmp_path / "run", range(1, 3))
 
 
 def test_the_layout_shows_what_the_loop_writes() -> None:

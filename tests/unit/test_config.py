@@ -16,8 +16,13 @@ from hypothesis import strategies as st
 from mosaicbert_ds.config import RunConfig, describe, load_recipe, shipped_recipes
 from mosaicbert_ds.data.config import EVALUATION_MASK_RATE
 from mosaicbert_ds.errors import ConfigError
-from mosaicbert_ds.model import count_parameters
-from mosaicbert_ds.training.ds_config import EngineConfig, read_ds_config, resolve_ds_config
+from mosaicbert_ds.model import ModelConfig, count_parameters
+from mosaicbert_ds.training.ds_config import (
+    EngineConfig,
+    check_recomputation,
+    read_ds_config,
+    resolve_ds_config,
+)
 from mosaicbert_ds.training.plan import plan_batches
 from mosaicbert_ds.typed_yaml import from_tree, merge, parse_overrides, to_tree
 
@@ -487,6 +492,19 @@ def test_a_deepspeed_json_that_deepspeed_would_take_in_silence_is_refused(
         read_ds_config(EngineConfig(deepspeed=str(file)))
     assert str(caught.value).startswith(str(file))
     assert said in str(caught.value)
+
+
+def test_layers_are_not_recomputed_where_their_bf16_weights_are_gone() -> None:
+    model = ModelConfig(activation_checkpointing=True)
+    for refused, engine in (
+        (True, EngineConfig(deepspeed="zero0", precision="bf16")),
+        (False, EngineConfig(deepspeed="zero1", precision="bf16")),
+        (False, EngineConfig(deepspeed="zero0", precision="fp32")),
+    ):
+        ds_config = read_ds_config(engine)
+        says = pytest.raises(ConfigError, match=r"at ZeRO stage 0 in bf16.*use engine\.deepspeed=zero1")
+        with says if refused else contextlib.nullcontext():
+            check_recomputation(model, engine, ds_config)
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"bf16": 1, "bf16": 2}', "\ufffe", '{"a":' * 5000, "null"])
