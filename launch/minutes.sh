@@ -29,7 +29,8 @@ race() { # RECIPE GPU
 }
 export -f race
 
-INDICES=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
+VISIBLE=${CUDA_VISIBLE_DEVICES:+--id=$CUDA_VISIBLE_DEVICES} # indices or UUIDs; `deepspeed` takes indices alone
+INDICES=$(nvidia-smi $VISIBLE --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)
 IFS=, read -ra GPUS <<<"${INDICES:-0}"
 SIDE_BY_SIDE=1
 [ ${#GPUS[@]} -ge ${#RECIPES[@]} ] && SIDE_BY_SIDE=${#RECIPES[@]}

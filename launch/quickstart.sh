@@ -16,7 +16,8 @@ source launch/setup.sh
 SAMPLES=mosaicbert_ds/samples/pretrain
 RANKS=2 WHERE=(--num_gpus 2)
 if [ -n "$HAS_GPU" ]; then
-  IFS=, read -ra GPUS <<<"${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}"
+  VISIBLE=${CUDA_VISIBLE_DEVICES:+--id=$CUDA_VISIBLE_DEVICES} # indices or UUIDs; `deepspeed` takes indices alone
+  IFS=, read -ra GPUS <<<"$(nvidia-smi $VISIBLE --query-gpu=index --format=csv,noheader | paste -sd,)"
   GPUS=("${GPUS[@]:0:2}")
   RANKS=${#GPUS[@]} WHERE=(--include "localhost:$(IFS=,; echo "${GPUS[*]}")")
 fi

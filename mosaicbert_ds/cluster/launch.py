@@ -40,7 +40,7 @@ END_LIMIT_S = 15.0
 _HELLO_LIMIT_S = 60.0  # to reach a host and start Python there, on a slow shared disk
 _STOPPED_LIMIT_S = 300.0  # from one host's "stopped on request" to the last one's: its checkpoint is written
 _PAUSE_S = 60  # before the first start after a host did not answer; twice that before the second, ...
-_ONE_REQUEST_S = 1.0  # signals that are no further apart are one request, but for a person's Ctrl-C
+_ONE_REQUEST_S = 5.0  # signals that are no further apart are one request, but for a person's Ctrl-C
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LOCAL = "localhost"
 
@@ -79,10 +79,13 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # A scheduler tells every process of a job, and a batch script passes it on: that is one request.
-        now_s = time.monotonic()
-        if number == signal.SIGINT or now_s - self._asked_at_s > _ONE_REQUEST_S:
+        if number == signal.SIGINT or time.monotonic() - self._asked_at_s > _ONE_REQUEST_S:
             self.times += 1
-        self._asked_at_s = now_s
+        self._asked_at_s = time.monotonic()
+
+    def note_other(self) -> None:
+        """Another process of the job was asked: the same request, whichever is heard of first."""
+        self.times, self._asked_at_s = max(self.times, 1), time.monotonic()
 
 
 def launch(job: Job, hostfile: Path | None, restarts: int, min_hosts: int | None) -> int:
@@ -91,7 +94,7 @@ def launch(job: Job, hostfile: Path | None, restarts: int, min_hosts: int | None
     The hosts are read anew before each start. After a failure, those that do not answer are left out as long
     as `min_hosts` do. Raises ConfigError for a hostfile, a host or a value that is not possible.
     """
-    stop, attempt, hosts = StopRequest(), 0, find_hosts(hostfile)
+    stop, attempt, pauses, hosts = StopRequest(), 0, 0, find_hosts(hostfile)
     while True:
         outcome = run_once(job, hosts, stop)
         if outcome.unreachable:
@@ -108,7 +111,10 @@ def launch(job: Job, hostfile: Path | None, restarts: int, min_hosts: int | None
             _say(f"error: {outcome.reason}")
             return outcome.code
         attempt += 1
-        pause_s = attempt * _PAUSE_S if outcome.unreachable else 0  # it may be starting anew
+        pause_s = 0
+        if outcome.unreachable:  # it may be starting anew
+            pauses += 1
+            pause_s = pauses * _PAUSE_S
         later = f" in {pause_s} s" if pause_s else ""
         _say(f"error: {outcome.reason}; restart {attempt} of {restarts}{later}")
         until_s = time.monotonic() + pause_s
@@ -325,7 +331,7 @@ class _Run:
         elif message["event"] == "hello":
             host.hello = message
         elif message["event"] == "asked":
-            self.stop.times = max(self.stop.times, 1)
+            self.stop.note_other()
         elif message["event"] == "unfit":
             return Outcome(EXIT_USER_ERROR, f"{host.name}: {message['why']}")
         elif message["event"] == "beat":

@@ -37,6 +37,11 @@ def write_durably(path: Path, *parts: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} was taken away while it was written; another command works in this folder; let it "
+            "end, then give this one again"
+        ) from None
     except OSError as error:
         temporary.unlink(missing_ok=True)
         size = sum(memoryview(part).nbytes for part in parts)

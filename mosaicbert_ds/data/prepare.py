@@ -177,6 +177,10 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     else:
         write_durably(work, json.dumps(settings).encode())
         return False
+    if unknown := [key for key in settings if key not in earlier]:
+        raise DataError(
+            f"{folder} was begun by another version, without {', '.join(unknown)}; choose a new folder"
+        )
     changed = [
         _difference(key, earlier.get(key), settings[key])
         for key in settings
@@ -520,7 +524,8 @@ def _summary(folder: Path) -> Summary:
         ("fingerprint", manifest["fingerprint"]),
     ]
     if manifest["val"]["tokens"] < _FEW_TOKENS:
-        few = "so little that its loss says little; give more by --held-out-fraction, and a new folder"
+        by = "fraction" if manifest["settings"]["held_out_fraction"] else "sources"
+        few = f"so little that its loss says little; give more by --held-out-{by}, and a new folder"
         rows.insert(3, ("held out", few))
     return Summary(f"shards in {folder}", tuple(rows))
 

@@ -50,6 +50,13 @@ def record_start(run: Path, recipe_yaml: str, ds_config: dict[str, Any], tokeniz
             file.write(json.dumps(_this_launch()) + "\n")
 
 
+def was_resumed(run: Path, resume: str) -> bool:
+    """Whether an earlier start of this run was given this `--resume`."""
+    launches = run / "launches.jsonl"
+    text = launches.read_text(encoding="utf-8", errors="replace") if launches.exists() else ""
+    return any(json.dumps(words)[1:-1] in text for words in (["--resume", resume], [f"--resume={resume}"]))
+
+
 @contextlib.contextmanager
 def _written(run: Path) -> Iterator[None]:
     try:

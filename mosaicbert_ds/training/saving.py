@@ -14,6 +14,7 @@ from mosaicbert_ds.model.build import load_weights as copy_weights
 from mosaicbert_ds.training import checkpoint as disk
 from mosaicbert_ds.training import engine as ds
 from mosaicbert_ds.training.progress import Progress, crosses
+from mosaicbert_ds.training.run_folder import was_resumed
 from mosaicbert_ds.typed_yaml import to_tree
 
 # Model keys that change how the numbers are computed, not which numbers there are.
@@ -74,7 +75,7 @@ def choose_checkpoint(resume: str, root: Path) -> tuple[disk.Checkpoint | None, 
     """What a run starts from, and lines to say about it. Main rank only.
 
     resume: "auto" for the newest whole step of this run or none, "never", or the path of a step. Another
-    run's step is where to begin: the same command, given again, goes on with this run's own.
+    run's step is where to begin: the same command, given again, goes on with this run's own steps.
     """
     if resume == "auto":
         return disk.newest_verified(root)
@@ -83,21 +84,19 @@ def choose_checkpoint(resume: str, root: Path) -> tuple[disk.Checkpoint | None, 
             raise CheckpointError(f"{root} holds checkpoints already; give --resume auto or another --out")
         return None, []
     path = Path(resume)
-    is_anothers = path.resolve().parent != root.resolve()
-    if is_anothers and path.name.startswith("step-") and not path.exists() and disk.saved_steps(root):
+    # This run began from that step, which may be gone since.
+    if (
+        path.resolve().parent != root.resolve()
+        and disk.saved_steps(root)
+        and was_resumed(root.parent, resume)
+    ):
         own, notes = disk.newest_verified(root)
-        return own, [*notes, f"--resume {path} is gone: the run goes on with its own steps"]
+        return own, [*notes, f"the run began from --resume {path} and goes on with its own steps"]
     if not path.is_dir():
         raise CheckpointError(f"--resume is '{resume}'; allowed are auto, never or the folder of a step")
     checkpoint = disk.open_verified(path)
     newest = next(iter(disk.saved_steps(root)), None)
     if newest and disk.step_number(newest) > checkpoint.state["progress"]["step"]:
-        if is_anothers:  # this run began from that step, and has come further
-            own, notes = disk.newest_verified(root)
-            return own, [
-                *notes,
-                f"{newest} is further than --resume {path}: the run goes on with its own steps",
-            ]
         raise CheckpointError(
             f"{newest} is further than {path}, and the next start would take it; give --resume auto to go on "
             "from there, another --out, or remove the steps after the one to go on from"

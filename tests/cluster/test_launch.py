@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaicbert_ds import cli
+from mosaicbert_ds.cluster import launch as launching
 from mosaicbert_ds.cluster.agent import SILENCE_LIMIT_S, Ranks, on_visible_gpus
-from mosaicbert_ds.cluster.launch import END_LIMIT_S, far_side
+from mosaicbert_ds.cluster.launch import END_LIMIT_S, Job, Outcome, StopRequest, far_side
 
 HERE = Path(__file__).parent
 MARGIN_S = 8.0  # this machine runs all hosts on two cores
@@ -216,6 +217,23 @@ def test_it_starts_again_as_often_as_it_was_told_and_not_after_a_persons_mistake
             assert f"restart 1 of {restarts}" in done.stderr
 
 
+def test_a_host_that_does_not_answer_has_a_minute_then_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    failed, cut_off = Outcome(1, "rank 1 died"), Outcome(1, "no answer from b", frozenset({"b"}))
+    outcomes = iter([failed, cut_off, cut_off, Outcome(0)])
+    monkeypatch.setattr(launching, "run_once", lambda *_: next(outcomes))
+    monkeypatch.setattr(launching, "_PAUSE_S", 0.25)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    start_s = time.monotonic()
+    assert launching.launch(Job(command=["x"]), tmp_path / "hosts", restarts=3, min_hosts=None) == 0
+    assert time.monotonic() - start_s >= 0.25 + 0.5
+    said = capfd.readouterr().err
+    for line in ("died; restart 1 of 3\n", "b; restart 2 of 3 in 0.25 s\n", "b; restart 3 of 3 in 0.5 s\n"):
+        assert line in said
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
@@ -287,6 +305,27 @@ def test_asked_to_stop_before_the_ranks_can_hear_it_the_launcher_passes_it_on(tm
         launcher.send_signal(signal.SIGUSR1)
         _, said = launcher.communicate(timeout=60)
     assert launcher.returncode == 75 and "stopped on request" in said, said
+
+
+@pytest.mark.parametrize(
+    ("heard", "times"),
+    [
+        ([(0.0, "an agent"), (0.6, signal.SIGUSR1)], 1),
+        ([(0.0, signal.SIGTERM), (0.3, "an agent"), (1.2, signal.SIGUSR1)], 1),
+        ([(0.0, signal.SIGTERM), (60.0, signal.SIGTERM)], 2),
+        ([(0.0, signal.SIGINT), (0.2, signal.SIGINT)], 2),
+    ],
+)
+def test_a_schedulers_word_is_one_request_however_many_processes_hear_it(
+    heard: list[tuple[float, object]], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second ends the ranks while they save."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    stop = StopRequest()
+    for at_s, what in heard:
+        monkeypatch.setattr(launching.time, "monotonic", lambda at_s=at_s: 1000 + at_s)
+        stop.note_other() if what == "an agent" else stop._note(what, None)
+    assert stop.times == times
 
 
 LAUNCHER = """

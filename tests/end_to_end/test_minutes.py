@@ -28,8 +28,9 @@ def run(cwd: Path, *arguments: str, path: str = "", **environment: str) -> subpr
         (0, "", ["0", "0"]),
         (1, "", ["0", "0"]),
         (2, "", ["0", "1"]),
-        (8, "6,3", ["6", "3"]),
+        (8, "3,6", ["3", "6"]),
         (8, "5", ["5", "5"]),
+        (8, "GPU-1a,GPU-7c", ["1", "7"]),
     ],
 )
 def test_each_recipe_has_a_gpu_where_there_are_enough(
@@ -37,7 +38,9 @@ def test_each_recipe_has_a_gpu_where_there_are_enough(
 ) -> None:
     """With programs that only note how they were called; BERT's training fails at its second budget."""
     programs = {
-        "nvidia-smi": f"for ((i = 0; i < {gpus}; i++)); do echo $i; done",
+        "nvidia-smi": f"""for ((i = 0; i < {gpus}; i++)); do
+            case ,${{1#--id=}}, in ,--*) echo $i ;; *,$i,* | *,GPU-$i[a-f],*) echo $i ;; esac
+        done""",
         "deepspeed": 'echo "train $2 $9 ${13} ${14}" >> "$(basename "$9")"; [ "$9 ${14##*=}" != "bert 5" ]',
         "mosaicbert": 'echo "$CUDA_VISIBLE_DEVICES $*" >> "$1"',
     }

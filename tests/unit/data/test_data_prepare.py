@@ -17,6 +17,7 @@ import pytest
 import mosaicbert_ds
 from mosaicbert_ds.data import prepare as prepare_module
 from mosaicbert_ds.data.config import DataConfig
+from mosaicbert_ds.data.files import write_durably
 from mosaicbert_ds.data.prepare import prepare
 from mosaicbert_ds.data.shards import ShardSet, read_manifest, token_dtype, verify
 from mosaicbert_ds.data.tokenizer import load_tokenizer
@@ -133,6 +134,11 @@ def test_second_run_finds_nothing_to_do_and_other_settings_are_refused(corpus, t
         prepare([corpus], out, tokenizer_dir, DataConfig(max_length=64), workers=1, held_out_fraction=0.1)
     with pytest.raises(DataError, match=r"sources had 0.jsonl \(\d+ bytes\) where 1.jsonl"):
         prepare([corpus / "1.jsonl"], out, tokenizer_dir, CUT, workers=1, held_out_fraction=0.1)
+    begun = tmp_path / "begun" / "work"
+    begun.mkdir(parents=True)
+    (begun / "settings.json").write_text('{"max_length": 32}')
+    with pytest.raises(DataError, match=r"begun by another version, without .*copies.*; choose a new folder"):
+        prepare([corpus], begun.parent, tokenizer_dir, CUT, workers=1, held_out_fraction=0.1)
 
 
 def test_foreign_folder_is_left_alone(corpus, tokenizer_dir, tmp_path):
@@ -175,7 +181,10 @@ def test_copies_of_a_document_fall_on_one_side(tokenizer_dir, tmp_path):
 def test_held_out_sources_are_the_held_out_split_and_are_not_trained_on(tokenizer_dir, tmp_path):
     source = write_jsonl(tmp_path / "text.jsonl", ["one apple", "two pears", "three plums", "two  pears\n"])
     held_out = write_jsonl(tmp_path / "held.jsonl", ["two pears", "four figs"])
-    prepare([source], tmp_path / "shards", tokenizer_dir, CUT, workers=1, held_out_sources=[held_out])
+    summary = prepare(
+        [source], tmp_path / "shards", tokenizer_dir, CUT, workers=1, held_out_sources=[held_out]
+    )
+    assert "its loss says little; give more by --held-out-sources, and" in str(summary)
     assert texts_of(tmp_path / "shards", "train") == ["one apple", "three plums"]
     assert texts_of(tmp_path / "shards", "val") == ["two pears", "four figs"]
     assert read_manifest(tmp_path / "shards")["skipped"] == {"text.jsonl": {"held out": 2}}, (
@@ -223,13 +232,24 @@ def test_a_second_prepare_at_the_same_time_removes_nothing(corpus, tokenizer_dir
     assert len(read_manifest(tmp_path / "shards")["train"]["shards"]) == 6
 
 
+def test_a_second_prepare_that_ends_first_is_named_by_the_one_that_lost_its_file(tmp_path, monkeypatch):
+    temporary = tmp_path / f"00000-00000.shard.{os.getpid()}.tmp"
+    monkeypatch.setattr(os, "fsync", lambda _: temporary.unlink())
+    with pytest.raises(
+        DataError, match=r"shard was taken away while it was written; another command works in this"
+    ):
+        write_durably(tmp_path / "00000-00000.shard", b"x")
+
+
 def test_words_that_the_tokenizer_does_not_know_are_told(tokenizer_dir, tmp_path):
     texts = [f"{'a' if i % 4 else chr(0x0E01)} {i % 7}" for i in range(400)]  # a word in eight is Thai
     source = write_jsonl(tmp_path / "text.jsonl", texts)
     summary = prepare([source], tmp_path / "shards", tokenizer_dir, CUT, workers=1, held_out_fraction=0.2)
     assert read_manifest(tmp_path / "shards")["unknown_tokens"] == 100
     assert "12.50% of the tokens are [UNK]" in str(summary)
-    assert "held out         so little that its loss says little; give more" in str(summary)
+    assert "held out         so little that its loss says little; give more by --held-out-fraction" in str(
+        summary
+    )
     thai = write_jsonl(tmp_path / "thai.jsonl", [chr(0x0E01 + i) for i in range(40)])
     with pytest.raises(DataError, match="the tokenizer knows no word of the held-out text; train one"):
         prepare([thai], tmp_path / "other", tokenizer_dir, CUT, workers=1, held_out_fraction=0.2)
