@@ -82,6 +82,10 @@ def main(argv: list[str] | None = None) -> int:
             checkpoint, notes = saving.choose_checkpoint(args.resume, args.out / "checkpoints")
             if checkpoint:
                 notes += saving.check_fits(checkpoint, facts)
+                if args.init:
+                    notes.append(
+                        f"--init {args.init} was for the beginning; the run goes on with its own weights"
+                    )
             elif args.init:
                 first_weights = initial_weights(args.init, recipe.model, tokenizer)
             record_start(args.out, recipe.to_yaml(), ds_config, tokenizer.folder)

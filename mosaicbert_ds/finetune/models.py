@@ -175,7 +175,10 @@ def _read_config(folder: Path) -> MosaicBertConfig | BertConfig:
         if facts.get(key) not in (None, allowed):
             raise CheckpointError(f"{path}: {key} is {facts[key]!r}; the only BERT here has {allowed!r}")
     try:
-        return _CONFIGS[kind].from_pretrained(folder)
+        config = _CONFIGS[kind].from_pretrained(folder)
+        if isinstance(config, MosaicBertConfig):
+            config.check()
+        return config
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is no {kind} model's: {' '.join(str(error).split())}") from None
 

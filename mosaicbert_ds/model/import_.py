@@ -96,7 +96,12 @@ def _read_config(src: Path) -> MosaicBertConfig:
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}")
     facts = {key: published[key] for key in (*SHAPE_KEYS, *OTHER_KEYS) if key in published}
-    return MosaicBertConfig(**facts)
+    config = MosaicBertConfig(**facts)
+    try:
+        config.check()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return config
 
 
 def _read_weights(src: Path, trust_pickle: bool) -> dict[str, Tensor]:

@@ -49,6 +49,16 @@ class MosaicBertConfig(PretrainedConfig):
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
 
+    def check(self) -> None:
+        """A config.json may say anything, and transformers looks at none of these. Raises ValueError."""
+        for key, allowed in (
+            ("norm", ("layernorm", "rmsnorm")),
+            ("norm_placement", ("post", "pre")),
+            ("masked_only_layers", range(self.num_hidden_layers)),
+        ):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} is {getattr(self, key)!r}; allowed are {[*allowed]}")
+
 
 class MaskedLMSums(NamedTuple):
     """What a pretraining step needs of a micro batch; the caller divides by the global number of targets."""
@@ -253,13 +263,7 @@ class MosaicBertEncoder(nn.Module):
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
-        for key, allowed in (  # a config.json may say anything, and transformers looks at none of these
-            ("norm", ("layernorm", "rmsnorm")),
-            ("norm_placement", ("post", "pre")),
-            ("masked_only_layers", range(config.num_hidden_layers)),
-        ):
-            if getattr(config, key) not in allowed:
-                raise ValueError(f"{key} is {getattr(config, key)!r}; allowed are {[*allowed]}")
+        config.check()
         self.is_pre = config.norm_placement == "pre"
         self.num_narrow_layers = max(config.masked_only_layers, 1)
         self.num_heads = config.num_attention_heads

@@ -91,7 +91,8 @@ def test_a_run_may_begin_from_another_models_weights_and_goes_on_from_its_own(
         torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6, msg=name)
     (tmp_path / "model").rename(tmp_path / "moved")
     assert launcher.run(*begins[:-1], "duration.samples=32") == 0, launcher.log.read_text()[-3000:]
-    assert "going on from step 2" in launcher.log.read_text(), "its own, not the model's again"
+    said = launcher.log.read_text()
+    assert "going on from step 2" in said and f"--init {tmp_path / 'model'} was for the beginning" in said
 
     init = ("--init", str(tmp_path / "moved"))
     message = mistake(tmp_path, corpus, *init, "model.hidden_size=64")

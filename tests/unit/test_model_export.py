@@ -29,6 +29,7 @@ from mosaicbert_ds.model import (
 )
 from mosaicbert_ds.model.build import to_hf_config
 from mosaicbert_ds.model.export import write_folder
+from mosaicbert_ds.model.mosaicbert import MosaicBertModel
 
 TINY = ModelConfig(
     num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=48, vocab_size=64
@@ -160,6 +161,7 @@ def test_embeddings_and_decoder_are_found_by_the_calls_that_transformers_4_ties_
     model = MosaicBertForMaskedLM(to_hf_config(TINY))
     assert model.get_output_embeddings() is model.cls.predictions.decoder
     assert model.get_input_embeddings() is model.bert.embeddings.word_embeddings
+    assert "get_input_embeddings" in vars(MosaicBertModel), "transformers 5 would find them without"
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -287,6 +289,9 @@ def test_import_says_when_there_is_no_tokenizer_and_takes_one_from_elsewhere(
 
 def test_import_names_what_a_folder_lacks(published, tmp_path):
     config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps(config | {"norm_placement": "sandwich"}))
+    with pytest.raises(CheckpointError, match=r"config\.json: norm_placement is 'sandwich'; allowed are"):
+        import_published(published, tmp_path / "out")
     del config["hidden_size"]
     (published / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="lacks hidden_size"):

@@ -230,7 +230,11 @@ def test_a_folder_that_is_no_whole_model_is_refused(models: dict[str, Path], tmp
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="model_type is 'roberta'; allowed are mosaicbert and bert"):
         find_pretrained(tmp_path, tmp_path)
-    (tmp_path / "config.json").write_text((models["mosaicbert"] / "config.json").read_text())
+    facts = json.loads((models["mosaicbert"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(facts | {"norm": "batchnorm"}))
+    with pytest.raises(CheckpointError, match="norm is 'batchnorm'; allowed are"):
+        find_pretrained(tmp_path, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(facts))
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_classifier(tmp_path, GLUE["rte"], seed=1)
     facts = json.loads((models["bert"] / "config.json").read_text())
