@@ -112,7 +112,7 @@ def test_two_tiny_models_race_on_the_samples(tmp_path: Path) -> None:
         for minutes in ("0.05", "0.1")
     ]
     hours = [60 * float(point["hours"]) for point in points]
-    assert all(
-        0.9 * budget < spent < 3 * budget for budget, spent in zip([0.05, 0.1] * 2, hours, strict=True)
+    assert all(  # the end is forecast: of a dozen steps, at a speed that varies, two too few were seen
+        0.7 * budget < spent < 3 * budget for budget, spent in zip([0.05, 0.1] * 2, hours, strict=True)
     )
     assert (tmp_path / "out/loss.png").is_file() and (tmp_path / "out/pareto/pareto.svg").is_file()
