@@ -111,10 +111,8 @@ def launch(job: Job, hostfile: Path | None, restarts: int, min_hosts: int | None
             _say(f"error: {outcome.reason}")
             return outcome.code
         attempt += 1
-        pause_s = 0
-        if outcome.unreachable:  # it may be starting anew
-            pauses += 1
-            pause_s = pauses * _PAUSE_S
+        pauses += bool(outcome.unreachable)
+        pause_s = pauses * _PAUSE_S if outcome.unreachable else 0  # it may be starting anew
         later = f" in {pause_s} s" if pause_s else ""
         _say(f"error: {outcome.reason}; restart {attempt} of {restarts}{later}")
         until_s = time.monotonic() + pause_s

@@ -182,9 +182,7 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
             f"{folder} was begun by another version, without {', '.join(unknown)}; choose a new folder"
         )
     changed = [
-        _difference(key, earlier.get(key), settings[key])
-        for key in settings
-        if earlier.get(key) != settings[key]
+        _difference(key, earlier[key], settings[key]) for key in settings if earlier[key] != settings[key]
     ]
     if changed:
         raise DataError(

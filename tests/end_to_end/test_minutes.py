@@ -49,17 +49,8 @@ def test_each_recipe_has_a_gpu_where_there_are_enough(
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     path = str(tmp_path / "bin")
-    ended = run(
-        tmp_path,
-        "shards",
-        "glue",
-        "out",
-        "2.5",
-        "5",
-        path=path,
-        RECIPES="my/mosaic.yaml bert",
-        CUDA_VISIBLE_DEVICES=visible,
-    )
+    environment = {"RECIPES": "my/mosaic.yaml bert", "CUDA_VISIBLE_DEVICES": visible}
+    ended = run(tmp_path, "shards", "glue", "out", "2.5", "5", path=path, **environment)
     assert ended.returncode != 0, "the other model's runs go on, and the failure is told"
     assert not (tmp_path / "plot").exists()
     for recipe, gpu in zip(("my/mosaic.yaml", "bert"), used, strict=True):
@@ -96,7 +87,8 @@ def test_two_tiny_models_race_on_the_samples(tmp_path: Path) -> None:
         (tmp_path / f"tiny-{name}.yaml").write_text(
             f"extends: tiny\nmodel: {{architecture: {name}}}\nduration: {{samples: null, minutes: 1}}\n"
         )
-    command = [shards, str(SAMPLES / "glue"), "out", "0.05", "0.1"]
+    # The end is forecast: of a dozen steps, as many as a slow core makes in 0.05 minutes, it may miss two.
+    command = [shards, str(SAMPLES / "glue"), "out", "0.1", "0.2"]
     more = {
         "RECIPES": "tiny-mosaicbert.yaml tiny-bert.yaml",
         "FINETUNE": "--tasks mnli rte --seeds 1 --set max_length=32 tasks.mnli.epochs=1",
@@ -109,10 +101,8 @@ def test_two_tiny_models_race_on_the_samples(tmp_path: Path) -> None:
     assert [(point["curve"], point["run"]) for point in points] == [
         (f"tiny-{name}", f"tiny-{name}-{minutes}min")
         for name in ("bert", "mosaicbert")
-        for minutes in ("0.05", "0.1")
+        for minutes in ("0.1", "0.2")
     ]
     hours = [60 * float(point["hours"]) for point in points]
-    assert all(  # the end is forecast: of a dozen steps, at a speed that varies, two too few were seen
-        0.7 * budget < spent < 3 * budget for budget, spent in zip([0.05, 0.1] * 2, hours, strict=True)
-    )
+    assert all(0.9 * budget < spent < 3 * budget for budget, spent in zip([0.1, 0.2] * 2, hours, strict=True))
     assert (tmp_path / "out/loss.png").is_file() and (tmp_path / "out/pareto/pareto.svg").is_file()
