@@ -76,6 +76,8 @@ def assert_gradients_are_differences(function, inputs):
     """Of a weighted sum of the outputs, along a random direction of each input by itself."""
     inputs = [x.requires_grad_() for x in inputs]
     weight = torch.randn_like(inputs[0], dtype=torch.float64)
+    # Before `value` sets the seed: from the numbers that an input was made of, a direction would not be random.
+    directions = [torch.randn_like(x) * x.detach().std() for x in inputs]
 
     def value(*inputs):
         torch.manual_seed(0)  # decides the masks
@@ -83,8 +85,7 @@ def assert_gradients_are_differences(function, inputs):
         return (out * weight[: len(out)]).sum()
 
     gradients = torch.autograd.grad(value(*inputs), inputs)
-    for i, (x, gradient) in enumerate(zip(inputs, gradients, strict=True)):
-        direction = torch.randn_like(x) * x.detach().std()
+    for i, (x, gradient, direction) in enumerate(zip(inputs, gradients, directions, strict=True)):
         with torch.no_grad():
             ahead, behind = (
                 value(*inputs[:i], x + sign * STEP * direction, *inputs[i + 1 :]) for sign in (1, -1)
