@@ -76,7 +76,7 @@ def assert_gradients_are_differences(function, inputs):
     """Of a weighted sum of the outputs, along a random direction of each input by itself."""
     inputs = [x.requires_grad_() for x in inputs]
     weight = torch.randn_like(inputs[0], dtype=torch.float64)
-    # Before `value` sets the seed: from the numbers that an input was made of, a direction would not be random.
+    # Before `value` sets the seed: made of the same numbers as an input, a direction would not be random.
     directions = [torch.randn_like(x) * x.detach().std() for x in inputs]
 
     def value(*inputs):
