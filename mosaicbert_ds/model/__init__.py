@@ -8,7 +8,9 @@ from mosaicbert_ds.model.mosaicbert import (
     MaskedLMSums,
     MosaicBertConfig,
     MosaicBertForMaskedLM,
+    MosaicBertForQuestionAnswering,
     MosaicBertForSequenceClassification,
+    MosaicBertForTokenClassification,
     MosaicBertModel,
 )
 
@@ -17,7 +19,9 @@ __all__ = [
     "ModelConfig",
     "MosaicBertConfig",
     "MosaicBertForMaskedLM",
+    "MosaicBertForQuestionAnswering",
     "MosaicBertForSequenceClassification",
+    "MosaicBertForTokenClassification",
     "MosaicBertModel",
     "build_pretraining_model",
     "count_parameters",

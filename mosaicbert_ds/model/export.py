@@ -37,6 +37,8 @@ AUTO_MAP = {
     "AutoModel": f"{MODELING_FILE}.MosaicBertModel",
     "AutoModelForMaskedLM": f"{MODELING_FILE}.MosaicBertForMaskedLM",
     "AutoModelForSequenceClassification": f"{MODELING_FILE}.MosaicBertForSequenceClassification",
+    "AutoModelForTokenClassification": f"{MODELING_FILE}.MosaicBertForTokenClassification",
+    "AutoModelForQuestionAnswering": f"{MODELING_FILE}.MosaicBertForQuestionAnswering",
 }
 MODELING_DOCSTRING = '''\
 """MosaicBERT for Hugging Face transformers, in one file that needs torch and transformers only.

@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.utils import can_return_tuple
 
 from mosaicbert_ds import ops
@@ -65,6 +71,14 @@ class MaskedLMSums(NamedTuple):
 
     loss_sum: Tensor  # fp32 scalar
     num_correct: Tensor  # int64 scalar
+
+
+def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits (..., classes), labels (...), -100 = none -> fp32 mean over the labels; 0 if there are none."""
+    loss_sum = F.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=ops.IGNORED_LABEL, reduction="sum"
+    )
+    return loss_sum / (labels != ops.IGNORED_LABEL).sum().clamp(min=1)
 
 
 class Packing(NamedTuple):
@@ -497,21 +511,12 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
 
         outputs = self.bert(input_ids, attention_mask, token_type_ids, output_hidden_states)
         logits = self.cls(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss_sum = F.cross_entropy(
-                logits.flatten(0, 1).float(),
-                labels.flatten(),
-                ignore_index=ops.IGNORED_LABEL,
-                reduction="sum",
-            )
-            # A batch without any label has loss 0; a plain mean would be 0/0.
-            loss = loss_sum / (labels != ops.IGNORED_LABEL).sum().clamp(min=1)
+        loss = None if labels is None else mean_cross_entropy(logits, labels)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
-    """One label a sequence from its first token; `num_labels` 1 means a number instead (regression)."""
+    """What a sequence is, from its first token: one of `num_labels`, with 1 a number instead (regression)."""
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__(config)
@@ -532,7 +537,8 @@ class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> SequenceClassifierOutput | Tensor:
-        """Padded: labels (batch,) -> logits (batch, num_labels) and the mean loss.
+        """Padded: labels (batch,) -> logits (batch, num_labels) and the mean loss. Where a sequence may have
+        several, labels are 0 or 1 in floating point, (batch, num_labels).
 
         Unpadded, chosen by `cu_seqlens`: input_ids (tokens,) -> logits (sequences, num_labels) alone. The
         last layer computes only the first tokens. A sequence of no tokens gives logits of no meaning, so that
@@ -561,12 +567,71 @@ class MosaicBertForSequenceClassification(MosaicBertPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.config.problem_type == "multi_label_classification":
-            raise ValueError("problem_type is multi_label_classification; here a sequence has one label")
+        """As transformers has it: `problem_type` decides, and where it is not set the labels do."""
         if self.config.problem_type == "regression" or self.config.num_labels == 1:
             return F.mse_loss(logits.float().flatten(), labels.float().flatten())
-        if labels.is_floating_point():
-            raise ValueError(
-                f"labels are {labels.dtype}, as of several a sequence; here a sequence has one label"
-            )
+        if self.config.problem_type == "multi_label_classification" or labels.is_floating_point():
+            return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
         return F.cross_entropy(logits.float(), labels)
+
+
+class MosaicBertForTokenClassification(MosaicBertPreTrainedModel):
+    """One label a token, as for named entities."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__(config)
+        self.bert = MosaicBertModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> TokenClassifierOutput:
+        """labels (batch, length), -100 = none -> logits (batch, length, num_labels) and the mean loss."""
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, output_hidden_states)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else mean_cross_entropy(logits, labels)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class MosaicBertForQuestionAnswering(MosaicBertPreTrainedModel):
+    """Where in the text the answer starts and ends: two scores a token."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__(config)
+        self.bert = MosaicBertModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> QuestionAnsweringModelOutput:
+        """start_positions and end_positions (batch,), outside the row = cut off, no part of the loss ->
+        start_logits and end_logits (batch, length) and the mean of both losses."""
+        outputs = self.bert(input_ids, attention_mask, token_type_ids, output_hidden_states)
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            length = input_ids.shape[1]
+            starts, ends = (
+                positions.masked_fill((positions < 0) | (positions >= length), ops.IGNORED_LABEL)
+                for positions in (start_positions, end_positions)
+            )
+            loss = (mean_cross_entropy(start_logits, starts) + mean_cross_entropy(end_logits, ends)) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
+        )

@@ -47,7 +47,8 @@ class Absent:  # an environment without these packages
 sys.meta_path.insert(0, Absent())
 import torch
 from transformers import (
-    AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+    AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, pipeline
 )
 
 folder, logits_file = sys.argv[1:]
@@ -60,6 +61,12 @@ torch.save(model(**batch).logits.detach(), logits_file)
 assert AutoModel.from_pretrained(folder, **known)(**batch).last_hidden_state.shape == (2, 6, 32)
 classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **known)
 assert classifier(**batch).logits.shape == (2, 3)
+tagger = AutoModelForTokenClassification.from_pretrained(folder, num_labels=5, **known)
+assert tagger(**batch).logits.shape == (2, 6, 5)
+tagged = pipeline("token-classification", model=tagger, tokenizer=tokenizer)("a b c d")
+assert [token["word"] for token in tagged] == ["a", "b", "c", "d"]
+reader = AutoModelForQuestionAnswering.from_pretrained(folder, **known)
+assert reader(**batch).start_logits.shape == (2, 6)
 best = pipeline("fill-mask", model=folder, **known)("a b [MASK] d")[0]
 assert best["token"] == model(**tokenizer("a b [MASK] d", return_tensors="pt")).logits[0, 3].argmax()
 """

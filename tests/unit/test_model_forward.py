@@ -6,13 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
 from mosaicbert_ds.errors import CheckpointError, ConfigError
 from mosaicbert_ds.model import (
     MaskedLMSums,
     ModelConfig,
     MosaicBertForMaskedLM,
+    MosaicBertForQuestionAnswering,
     MosaicBertForSequenceClassification,
+    MosaicBertForTokenClassification,
     MosaicBertModel,
     build_pretraining_model,
     count_parameters,
@@ -365,10 +368,51 @@ def test_the_classifier_takes_its_loss_from_the_problem_type():
     scores = torch.tensor([0.5, 4.8, 2.0, 0.0])
     out = tiny_classifier(num_labels=1)(input_ids, labels=scores)
     torch.testing.assert_close(out.loss, ((out.logits[:, 0] - scores) ** 2).mean())
-    with pytest.raises(ValueError, match="problem_type is multi_label_classification"):
-        tiny_classifier(problem_type="multi_label_classification")(input_ids, labels=labels)
-    with pytest.raises(ValueError, match=r"labels are torch\.float32, as of several a sequence"):
-        tiny_classifier()(input_ids, labels=torch.ones(4, 3))  # what transformers takes for that problem type
+    several = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    for problem_type, given in (("multi_label_classification", several.long()), (None, several)):
+        out = tiny_classifier(problem_type=problem_type)(input_ids, labels=given)
+        likelihood = torch.where(several == 1, out.logits, -out.logits).sigmoid().log()
+        torch.testing.assert_close(out.loss, -likelihood.mean())
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "labels"),
+    [
+        (
+            MosaicBertForTokenClassification,
+            BertForTokenClassification,
+            {"labels": torch.tensor([[0, 2, 4, -100], [1, -100, -100, -100]])},
+        ),
+        (
+            MosaicBertForQuestionAnswering,
+            BertForQuestionAnswering,
+            # The second row's answer was cut off.
+            {"start_positions": torch.tensor([1, 4]), "end_positions": torch.tensor([2, 7])},
+        ),
+    ],
+    ids=["tokens", "answers"],
+)
+def test_heads_over_tokens_are_hugging_faces(ours, theirs, labels):
+    torch.manual_seed(0)
+    config = to_hf_config(TINY)
+    config.num_labels = 2 if "start_positions" in labels else 5
+    model = ours(config).eval()
+    bert = theirs(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_labels=config.num_labels)
+    )
+    head = "qa_outputs" if "start_positions" in labels else "classifier"
+    bert.set_submodule(head, model.get_submodule(head))
+    bert.bert.forward = lambda input_ids, attention_mask, **_: model.bert(input_ids, attention_mask)
+    batch = {
+        "input_ids": torch.randint(128, (2, 4)),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        **labels,
+    }
+    expected, found = bert.eval()(**batch), model(**batch)
+    assert expected.keys() == found.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    assert found.loss > 0
 
 
 def test_what_is_no_norm_no_placement_or_no_plain_linear_layer_is_refused():
