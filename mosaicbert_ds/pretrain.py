@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     show_stack_on_request()
     init_distributed()
     stop = StopRequest()
-    found = dist.on_main(lambda: checkpoint.state["progress"] if checkpoint else None)
+    found = dist.on_main(lambda: Progress.of(checkpoint.state).to_dict() if checkpoint else None)
     progress = Progress(**found) if found else Progress()
     schedules = Schedules(
         optimizer=recipe.optimizer, schedule=recipe.schedule, mask_rate_at=recipe.masking.rate_at

@@ -234,4 +234,6 @@ def _suggest(cls: Any, path: list[str]) -> str:
         cls = options[0]
     names = [field.name for field in dataclasses.fields(cls)]
     close = difflib.get_close_matches(path[-1], names, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; allowed are {', '.join(names)}"
+    if close:
+        return f"; did you mean '{'.'.join([*path[:-1], close[0]])}'?"
+    return f"; allowed are {', '.join(names)}"

@@ -140,7 +140,9 @@ def prepare(
         "sources": [[piece.name, piece.num_bytes] for piece in train.pieces],
         "held_out_sources": [[piece.name, piece.num_bytes] for piece in held_out_pieces],
     }
-    if not _is_finished(folder, settings):
+    if _is_finished(folder, settings):
+        _tell_newer_sources((*train.pieces, *held_out_pieces), folder / "manifest.json")
+    else:
         _copy_tokenizer(tokenizer, folder / "tokenizer")
         job = _Job(
             folder=folder,
@@ -189,6 +191,17 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
             f"{folder} has other settings: {'; '.join(changed)}; restore them, or choose a new folder"
         )
     return is_finished
+
+
+def _tell_newer_sources(pieces: Iterable[Piece], manifest: Path) -> None:
+    """Sources are known by name and size: one that was edited to the same size would pass for unchanged."""
+    for piece in pieces:
+        if piece.path and piece.path.stat().st_mtime > manifest.stat().st_mtime:
+            print(
+                f"{piece.path} was written after {manifest.parent} was made of a file of its size; if its "
+                "text has changed, prepare it into a new folder",
+                file=sys.stderr,
+            )
 
 
 def _difference(key: str, earlier: Any, now: Any) -> str:
@@ -451,8 +464,9 @@ def _finish(
     if not manifest["train"]["samples"] or not manifest["val"]["samples"]:
         empty = "held-out" if manifest["train"]["samples"] else "training"
         raise DataError(
-            f"{job.folder}: {manifest['documents']} documents left no {empty} text; give more text, another"
-            " held-out fraction or held-out sources, and a new folder"
+            f"{job.folder}: {manifest['documents']} documents (.txt: between blank lines) left no {empty} "
+            "text; give another --held-out-fraction, as 0.05, or --held-out-sources, or more text, and a new "
+            "folder"
         )
     counts = _token_counts(job.folder, manifest, tokenizer)
     manifest["unknown_tokens"] = sum(int(of_split[tokenizer.unk_id]) for of_split in counts.values())
@@ -521,11 +535,24 @@ def _summary(folder: Path) -> Summary:
         ("unigram entropy", f"{nats:.3f} nats (perplexity {math.exp(nats):,.0f})"),
         ("fingerprint", manifest["fingerprint"]),
     ]
+    if full := _full_rows(folder, manifest):
+        cut = f"{full:,} documents at {manifest['settings']['max_length']} tokens, the rest of them left out"
+        rows.insert(3, ("cut", f"{cut}; to keep it: --set data.documents=chunk, and a new folder"))
     if manifest["val"]["tokens"] < _FEW_TOKENS:
         by = "fraction" if manifest["settings"]["held_out_fraction"] else "sources"
         few = f"so little that its loss says little; give more by --held-out-{by}, and a new folder"
         rows.insert(3, ("held out", few))
     return Summary(f"shards in {folder}", tuple(rows))
+
+
+def _full_rows(folder: Path, manifest: dict[str, Any]) -> int:
+    """Documents that fill their only sample: all but the few of just that length were longer."""
+    if manifest["settings"]["documents"] != "cut":
+        return 0
+    dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
+    entries = (entry for split in SPLITS for entry in manifest[split]["shards"])
+    lengths = (np.diff(open_shard(folder, entry, dtype).offsets) for entry in entries)
+    return sum(int(np.count_nonzero(each == manifest["settings"]["max_length"])) for each in lengths)
 
 
 def _unknown_said(manifest: dict[str, Any]) -> str:

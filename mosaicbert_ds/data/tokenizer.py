@@ -148,6 +148,8 @@ def train_tokenizer(
         near = max(64, round(vocab_size / 64) * 64)
         raise ConfigError(f"vocab_size {vocab_size} is not a positive multiple of 64; try {near}")
     out_dir = Path(out_dir)
+    if out_dir.resolve() == Path.cwd():
+        raise DataError(f"{out_dir} is the folder that you are in; name a new one in it")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise DataError(f"{out_dir} exists already; choose another folder or remove it")
 

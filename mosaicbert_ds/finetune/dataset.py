@@ -80,6 +80,13 @@ def labels_in(path: Path, column: str) -> tuple[str, ...]:
             f"{path}: column '{column}' holds {f'only {found.pop()}' if found else 'no label'}; "
             "a classification has two labels or more"
         )
+    alike: dict[str, str] = {}
+    for label in sorted(found):
+        if (other := alike.setdefault(label.strip().removesuffix(".0"), label)) != label:
+            raise DataError(
+                f"{path}: labels '{other}' and '{label}' in column '{column}' differ in nothing but how they "
+                "are written; write one of them"
+            )
     return tuple(sorted(found))
 
 
@@ -124,8 +131,10 @@ def _records(
         header = tuple(first)
     missing = [column for column in columns if column not in header]
     if missing:
+        hint = "; separate columns by commas" if ";" in "".join(header[:1]) else ""
         raise DataError(
-            f"{path}:1: no column '{missing[0]}' in the header; its columns are {', '.join(header) or 'none'}"
+            f"{path}:1: no column '{missing[0]}' in the header; its columns are "
+            f"{', '.join(header) or 'none'}{hint}"
         )
     if twice := [column for column in columns if header.count(column) > 1]:
         raise DataError(f"{path}:1: two columns are named '{twice[0]}'; rename one")
@@ -153,7 +162,8 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
     line = 1
     try:
         for fields in reader:
-            yield line, fields
+            if fields:  # not a blank line
+                yield line, fields
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not valid CSV ({error}); mend the row") from None
@@ -170,13 +180,17 @@ def _json_records(text: str, columns: tuple[str, ...]) -> Iterator[tuple[int, di
         if not isinstance(row, dict):
             yield number, "not a JSON object"
             continue
-        missing = [column for column in columns if not isinstance(row.get(column), str | int | float)]
+        missing = [column for column in columns if not _is_text_or_number(row.get(column))]
         if missing:
             yield number, f"no text or number in field '{missing[0]}'"
             continue
         texts = {column: _as_text(row[column]) for column in columns}
         halves = [column for column, value in texts.items() if _has_half_a_pair(value)]
         yield number, f"half a surrogate pair in field '{halves[0]}'" if halves else texts
+
+
+def _is_text_or_number(value: Any) -> bool:
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _as_text(value: str | int | float) -> str:

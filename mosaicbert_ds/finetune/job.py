@@ -25,7 +25,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from mosaicbert_ds.data.files import sync_folder, write_durably
-from mosaicbert_ds.errors import TrainingError, UserError
+from mosaicbert_ds.errors import DataError, TrainingError, UserError
 from mosaicbert_ds.finetune.batches import epoch_batches, evaluation_batches, pack, shape_of
 from mosaicbert_ds.finetune.claim import Claim, keep_alive
 from mosaicbert_ds.finetune.config import FinetuneConfig
@@ -39,7 +39,9 @@ from mosaicbert_ds.model.export import write_folder
 from mosaicbert_ds.training import checkpoint as disk
 from mosaicbert_ds.training.faults import EXIT_STOPPED, EXIT_USER_ERROR, StopRequest
 
-_CHUNK = 64  # steps whose buffers are made and sent at a time, while the device works on those before
+# Steps whose buffers are made and sent at a time, while a GPU works on those before. A request to stop waits
+# for them.
+_CHUNK = {"cuda": 64, "cpu": 1}
 _EVALUATION_TOKENS = {"cuda": 65_536, "cpu": 4_096}  # slots of an evaluation batch
 _LOSS_POINTS = 10  # steps whose mean loss is a point of the curve
 
@@ -83,7 +85,13 @@ class _Scale:
     def of(task: Task, labels: np.ndarray) -> "_Scale":
         if not task.learns_standardised:
             return _Scale()
-        return _Scale(float(np.mean(labels)), float(np.std(labels)) or 1.0)
+        mean, std = float(np.mean(labels)), float(np.std(labels)) or 1.0
+        if abs(mean) > 1e5 * std:
+            raise DataError(
+                f"the labels are {mean:.10g} give or take {std:.4g}, which fp32 tells apart too coarsely; "
+                f"subtract {mean:.10g} from them"
+            )
+        return _Scale(mean, std)
 
     @torch.no_grad()
     def fold_into(self, head: torch.nn.Linear) -> None:
@@ -169,7 +177,7 @@ def run_job(spec: JobSpec, device: torch.device, asked_to_stop: Callable[[], boo
         shutil.rmtree(spec.work / "model", ignore_errors=True)
         model = trainer.finished_model()
         scale.fold_into(model.classifier)
-        write_folder(plain_classifier(model), spec.tokenizer, spec.work / "model")
+        write_folder(plain_classifier(model), spec.tokenizer, spec.work / "model", spec.config.max_length)
     result = {
         "task": job.task,
         "seed": job.seed,
@@ -214,7 +222,7 @@ def _train(
         end = (epoch + 1) * steps_an_epoch
         while trainer.steps_done < end:
             at = trainer.steps_done - epoch * steps_an_epoch
-            chunk = batches[at : at + _CHUNK]
+            chunk = batches[at : at + _CHUNK[trainer.losses.device.type]]
             shapes = [
                 shape_of(lengths[rows], row.batch_size, padded_up_to=spec.padded_up_to) for rows in chunk
             ]

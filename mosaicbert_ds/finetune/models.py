@@ -150,7 +150,17 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def _tokenizer_of(checkpoint: Checkpoint) -> Path:
-    return checkpoint.path.parent.parent / "tokenizer"
+    """The run's copy. Raises CheckpointError where there is none, or another one."""
+    # The run is two folders up, of the path as given or of where a link leads.
+    steps = (checkpoint.path.absolute(), checkpoint.path.resolve())
+    for folder in (step.parent.parent / "tokenizer" for step in steps):
+        file = folder / "tokenizer.json"
+        if file.is_file() and sha256_of(file) == checkpoint.state["tokenizer_sha256"]:
+            return folder
+    raise CheckpointError(
+        f"{steps[0].parent.parent / 'tokenizer'} does not hold the tokenizer of {checkpoint.path} (sha256 "
+        f"{checkpoint.state['tokenizer_sha256'][:12]}...); put it there, or give the step in its run's folder"
+    )
 
 
 def _read_config(folder: Path) -> MosaicBertConfig | BertConfig:
@@ -223,9 +233,9 @@ def load_classifier(
         config.hidden_dropout_prob = hidden_dropout
     config.num_labels = task.num_outputs
     config.problem_type = "regression" if task.is_regression else "single_label_classification"
-    if not task.is_regression:
-        config.id2label = dict(enumerate(task.labels))
-        config.label2id = {label: number for number, label in enumerate(task.labels)}
+    names = (task.label_column,) if task.is_regression else task.labels
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
     given = _read_encoder(folder, config)
     torch.manual_seed(seed)
     model: Classifier

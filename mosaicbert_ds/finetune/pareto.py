@@ -28,6 +28,7 @@ from mosaicbert_ds.finetune.suite import Devices, Request, finetune, glue_reques
 from mosaicbert_ds.finetune.tasks import GLUE
 from mosaicbert_ds.model.export import FORMAT_VERSION as EXPORT_FORMAT
 from mosaicbert_ds.training.checkpoint import Checkpoint, open_verified, saved_steps
+from mosaicbert_ds.training.progress import Progress
 from mosaicbert_ds.typed_yaml import to_tree
 
 # Read off the published plot, 8 A100 (https://arxiv.org/abs/2312.17482): hours and GLUE in percent.
@@ -85,18 +86,17 @@ def protocol_of(config: FinetuneConfig, files: Mapping[str, Mapping[str, Path]])
 def point_of(
     curve: str, run: str, checkpoint: Checkpoint, results: Mapping[str, Any], protocol: str
 ) -> Point:
-    """The checkpoint's place on the curve. Time is that of training, without evaluation and saving; GPUs and
-    price are those of the start that wrote it."""
+    """The checkpoint's place on the curve. Time is that of training, without evaluation and saving; the price
+    is that of the start that wrote it."""
     state, average = checkpoint.state, results["average"]
-    progress, price = state["progress"], state["recipe"]["telemetry"]["usd_per_gpu_hour"]
-    hours = progress["training_s"] / 3600
-    gpu_hours = hours * state["world_size"]
+    progress, price = Progress.of(state), state["recipe"]["telemetry"]["usd_per_gpu_hour"]
+    gpu_hours = progress.training_gpu_s / 3600
     return Point(
         curve=curve,
         run=run,
-        step=progress["step"],
-        samples=progress["samples_seen"],
-        hours=hours,
+        step=progress.step,
+        samples=progress.samples_seen,
+        hours=progress.training_s / 3600,
         gpu_hours=gpu_hours,
         dollars=None if price is None else gpu_hours * price,
         score=average["score"],

@@ -74,6 +74,8 @@ def summarise(
                 notes.append(f"{job.name} has no result: {outcomes[job.name].reason}")
         if not done:
             continue
+        if "f1" in task.metrics and task.labels != ("0", "1"):
+            notes.append(f"{task.title}: F1 is that of '{task.labels[1]}'")
         runs = [read_answers(folder / job.name, task) for job in done]
         drawn = 100 * bootstrap(task, runs, rng)
         if len(done) == len(mine):
@@ -215,6 +217,8 @@ def write_submission(
 
     Format: https://gluebenchmark.com/faq. The benchmark also asks for WNLI and AX, which are not run here.
     """
+    for earlier in out.glob("*.tsv"):  # perhaps of another model
+        earlier.unlink(missing_ok=True)
     for name, task in tasks.items():
         first = next((job for job in jobs if job.task == name and outcomes[job.name].result), None)
         if first is None:

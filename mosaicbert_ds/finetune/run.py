@@ -124,7 +124,9 @@ class Queue:
             spec, code = running.spec, running.process.exitcode or 0
             if not spec.finished.is_dir() and running.claim.is_held():
                 if code != EXIT_STOPPED and not _failure_of(spec).exists():
-                    if self._attempts[spec.job.name] < _ATTEMPTS:
+                    if self.asked_to_stop():
+                        self.say(f"{spec.job.name}: {_death(code)} before it had saved")
+                    elif self._attempts[spec.job.name] < _ATTEMPTS:
                         self.say(f"{spec.job.name}: {_death(code)}; tried once more")
                     else:
                         write_failure(

@@ -85,8 +85,15 @@ def export_model(weights: dict[str, Tensor], config: ModelConfig, tokenizer_dir:
     write_folder(model, tokenizer_dir, out)
 
 
-def write_folder(model: PreTrainedModel, tokenizer_dir: Path | None, out: Path) -> None:
-    """Write `model` and its tokenizer to `out`, prove that they load, and only then let `out` appear."""
+def write_folder(
+    model: PreTrainedModel, tokenizer_dir: Path | None, out: Path, max_length: int | None = None
+) -> None:
+    """Write `model` and its tokenizer to `out`, prove that they load, and only then let `out` appear.
+
+    max_length: tokens that `truncation=True` keeps; None for as many as the model and its tokenizer take.
+    """
+    if out.resolve() == Path.cwd():
+        raise UserError(f"{out} is the folder that you are in; name a new one in it")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder; give another path or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,9 +107,10 @@ def write_folder(model: PreTrainedModel, tokenizer_dir: Path | None, out: Path) 
                     f"the tokenizer in {tokenizer_dir} has {len(tokenizer)} tokens, the model only "
                     f"{model.config.vocab_size}; give the tokenizer that the model was trained with"
                 )
+            longest = [tokenizer.model_max_length, max_length or tokenizer.model_max_length]
             if isinstance(model.config, BertConfig):  # what is longer has no position
-                longest = model.config.max_position_embeddings
-                tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+                longest.append(model.config.max_position_embeddings)
+            tokenizer.model_max_length = min(longest)
             tokenizer.save_pretrained(folder)
             settings = folder / "tokenizer_config.json"  # its class by the name that transformers 4 knows too
             text = settings.read_text(encoding="utf-8")
@@ -127,7 +135,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     if (folder / "tokenizer_config.json").exists() or (folder / "vocab.txt").exists():
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks a person
         except (ImportError, OSError, ValueError) as error:  # the first: its class needs another package
             reason = " ".join(str(error).split())
             raise DataError(f"the tokenizer in {folder} cannot be read: {reason}") from None

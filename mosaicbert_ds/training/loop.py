@@ -1,5 +1,6 @@
 """The training loop. A step reads top to bottom in `train_step`; everything periodic stands in `fit`."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -55,7 +56,8 @@ def train_step(engine: Any, micro_batches: list[Any], lr: float, plan: BatchPlan
 
 @torch.no_grad()
 def evaluate(engine: Any, batches: Iterable[Any]) -> dict[str, float]:
-    """Held-out loss (nats a masked token), perplexity and accuracy over all ranks' `batches`."""
+    """Held-out loss (nats a masked token), perplexity and accuracy over all ranks' `batches`; nothing where
+    no token is masked."""
     engine.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=dist.device())
     for batch in batches:
@@ -66,11 +68,13 @@ def evaluate(engine: Any, batches: Iterable[Any]) -> dict[str, float]:
         )
     engine.train()
     loss_sum, num_correct, num_masked = dist.sum_over_ranks(totals).tolist()
-    loss = loss_sum / max(num_masked, 1)
+    if not num_masked:
+        return {}
+    loss = loss_sum / num_masked
     return {
         "evaluation/loss": loss,
         "evaluation/perplexity": math.exp(min(loss, 100.0)),
-        "evaluation/masked_accuracy": num_correct / max(num_masked, 1),
+        "evaluation/masked_accuracy": num_correct / num_masked,
     }
 
 
@@ -99,6 +103,7 @@ def fit(
     """
     pending: list[tuple[Step, int, torch.Tensor]] = []  # of each step since the last flush
     window, clock, training = Window(), Stopwatch(progress.elapsed_s), Stopwatch(progress.training_s)
+    start = dataclasses.replace(progress)
     is_first = True  # of this start: it compiles and waits for the loader's first batch, and is not timed
 
     for step in steps:
@@ -133,7 +138,9 @@ def fit(
         with training.paused():
             if evaluation_is_due:
                 values = evaluate(engine, evaluation_batches())
-                if telemetry:
+                if telemetry and not values:
+                    telemetry.say("no held-out token was masked, so there is no loss; hold out more text")
+                elif telemetry:
                     telemetry.scalars(step, values | {"evaluation/unigram_entropy": unigram_entropy})
                     telemetry.say(
                         f"evaluation at {after:,} samples: loss {values['evaluation/loss']:.4f} "
@@ -141,7 +148,8 @@ def fit(
                         f"accuracy {values['evaluation/masked_accuracy']:.3f}"
                     )
             progress.elapsed_s = clock.elapsed_s()
-            if telemetry and (dollars := rates.dollars(progress.elapsed_s)) is not None:
+            progress.count_gpus(plan.world_size, start)
+            if telemetry and (dollars := rates.dollars(progress.gpu_s)) is not None:
                 telemetry.scalars(step, {"run/dollars": dollars, "run/hours": progress.elapsed_s / 3600})
             if save_is_due or stopping:
                 if telemetry:

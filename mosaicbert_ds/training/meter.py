@@ -45,10 +45,8 @@ class Rates:
             return None
         return 6 * self.num_parameters * tokens_per_s / (self.world_size * self.peak_flops_per_s)
 
-    def dollars(self, elapsed_s: float) -> float | None:
-        if self.usd_per_gpu_hour is None:
-            return None
-        return self.usd_per_gpu_hour * self.world_size * elapsed_s / 3600
+    def dollars(self, gpu_s: float) -> float | None:
+        return None if self.usd_per_gpu_hour is None else self.usd_per_gpu_hour * gpu_s / 3600
 
 
 class Stopwatch:

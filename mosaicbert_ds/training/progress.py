@@ -18,6 +18,21 @@ class Progress:
     elapsed_s: float = 0.0  # all of the run so far
     training_s: float = 0.0  # without evaluation and saving, and without each start's first step
     scheduled_s: float = 0.0  # of a run of minutes: where in them its schedule stands
+    gpu_s: float = 0.0  # `elapsed_s`, each second as often as there were ranks
+    training_gpu_s: float = 0.0  # `training_s` likewise
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> "Progress":
+        """What a checkpoint's state says. One by a version that did not count GPUs' time is taken for a run
+        on as many ranks throughout."""
+        seconds, ranks = state["progress"], state["world_size"]
+        counted = {"gpu_s": seconds["elapsed_s"] * ranks, "training_gpu_s": seconds["training_s"] * ranks}
+        return cls(**counted | seconds)
+
+    def count_gpus(self, ranks: int, start: "Progress") -> None:
+        """Count the time since `start` for so many ranks."""
+        self.gpu_s = start.gpu_s + ranks * (self.elapsed_s - start.elapsed_s)
+        self.training_gpu_s = start.training_gpu_s + ranks * (self.training_s - start.training_s)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

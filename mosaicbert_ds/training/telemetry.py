@@ -4,6 +4,7 @@ The x axis of TensorBoard is samples seen, so that runs of different batch sizes
 """
 
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -68,6 +69,7 @@ class Telemetry:
         resumed_at = progress.samples_seen
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+        earlier = None if resumed_at else _keep_aside(folder / "metrics.jsonl")
         self._lines = _open_after(folder / "metrics.jsonl", resumed_at)
         # purge_step hides what an interrupted run wrote beyond the step that this one goes on from.
         self._board = SummaryWriter(folder / "tensorboard", purge_step=resumed_at + 1)
@@ -83,6 +85,8 @@ class Telemetry:
             disable=not sys.stderr.isatty(),
         )
         board = f"tensorboard --logdir {folder / 'tensorboard'}"
+        if earlier:
+            self.say(f"an earlier start left no checkpoint; its metrics are in {earlier}")
         self.say(f"to watch: {board}, then open http://localhost:6006/#custom_scalars")
 
     def scalars(self, step: Step, values: dict[str, float]) -> None:
@@ -139,6 +143,14 @@ class Telemetry:
             return 60 * self._minutes * (1 - done)
         spent_s = time.perf_counter() - self._started_s
         return spent_s * (1 - done) / max(done - self._done_before, 1e-9)
+
+
+def _keep_aside(path: Path) -> Path | None:
+    """The metrics of a start that left no checkpoint, out of the way of one that begins again."""
+    if not path.exists() or not path.stat().st_size:
+        return None
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def _open_after(path: Path, samples_seen: int) -> Any:

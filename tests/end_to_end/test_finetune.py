@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 from mosaicbert_ds import cli
 from mosaicbert_ds.data.tokenizer import train_tokenizer
-from mosaicbert_ds.errors import CheckpointError, ConfigError, TrainingError
+from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mosaicbert_ds.finetune import job as job_module
 from mosaicbert_ds.finetune.batches import epoch_batches
 from mosaicbert_ds.finetune.config import load_finetune_recipe
@@ -274,9 +275,12 @@ def test_a_regression_of_years_is_learned_and_answered_in_years(model: Path, tmp
     assert np.abs(said - years).mean() < 0.5 * np.abs(years - years.mean()).mean(), "better than the mean"
     tokenizer = AutoTokenizer.from_pretrained(job / "model", trust_remote_code=True)
     kept = AutoModelForSequenceClassification.from_pretrained(job / "model", trust_remote_code=True).eval()
+    assert tokenizer.model_max_length == 32 and kept.config.id2label == {0: "year"}
     with torch.no_grad():
         logits = kept(**tokenizer(texts[96:], return_tensors="pt", padding=True)).logits[:, 0]
     assert np.abs(logits.numpy() - said).max() < 0.01, "in the user's numbers; fp32 has 1e-4 at 2,000"
+    with pytest.raises(DataError, match=r"labels are 1700000030 give or take 30, .* subtract 1700000030"):
+        job_module._Scale.of(replace(GLUE["stsb"], label_range=None), 1.7e9 + np.array([0.0, 60.0]))
 
 
 def test_test_files_become_a_submission(model: Path, tmp_path: Path) -> None:
@@ -293,7 +297,10 @@ def test_test_files_become_a_submission(model: Path, tmp_path: Path) -> None:
         files[name]["test"] = path
     config = choose_tasks(load_finetune_recipe("glue", SHORT), ["rte", "stsb", "cola"], [1], True)
     tasks = {name: GLUE[name] for name in files}
+    (tmp_path / "out" / "submission").mkdir(parents=True)
+    (tmp_path / "out" / "submission" / "SST-2.tsv").write_text("of another model")
     finetune(config, tasks, files, find_pretrained(model, tmp_path), tmp_path / "out", devices=Devices())
+    assert {path.stem for path in tmp_path.glob("out/submission/*")} == {"RTE", "CoLA", "STS-B"}
     for file, allowed in (("RTE", {"entailment", "not_entailment"}), ("CoLA", {"0", "1"}), ("STS-B", None)):
         lines = (tmp_path / "out" / "submission" / f"{file}.tsv").read_text().splitlines()
         assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == list(

@@ -155,7 +155,7 @@ def test_a_newcomers_mistakes_are_one_sentence_each(corpus: Path, tmp_path: Path
         "batch.global_batch_size 8 is not micro batch 3" in message
         and "use batch.micro_batch_size=2" in message
     )
-    assert "did you mean 'peak_lr'" in mistake(tmp_path, corpus, "optimizer.peak_rl=1e-3")
+    assert "did you mean 'optimizer.peak_lr'" in mistake(tmp_path, corpus, "optimizer.peak_rl=1e-3")
     assert "set data.max_length=32" in mistake(tmp_path, corpus, "data.max_length=64")
     assert "use model.vocab_size=512" in mistake(tmp_path, corpus, "model.vocab_size=64")
 

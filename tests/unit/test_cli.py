@@ -77,7 +77,7 @@ MISTAKES = [
     ),
     (
         ["data", "prepare", "x.txt", "--tokenizer", "t", "--out", "o", "--set", "data.max_lenght=5"],
-        "did you mean 'max_length'?",
+        "did you mean 'data.max_length'?",
     ),
     (["tokenizer", "train", "nowhere.txt", "--out", "o"], "nowhere.txt"),
     (["import", "nowhere", "out"], "nowhere"),
@@ -105,7 +105,7 @@ def test_a_mistake_reaches_the_shell_without_a_traceback(tmp_path: Path) -> None
     done = _run([*script, "--dry-run"])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "unknown key 'optimizer.peak_lrr'; did you mean 'peak_lr'?" in done.stderr
+    assert "unknown key 'optimizer.peak_lrr'; did you mean 'optimizer.peak_lr'?" in done.stderr
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

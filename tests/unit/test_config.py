@@ -214,7 +214,7 @@ def test_a_misspelt_key_is_refused_and_the_right_one_named(path: Any, seed: int,
         return
     for message in _refused((*path[:-1], wrong), "1", folder):
         assert f"unknown key '{'.'.join((*path[:-1], wrong))}'" in message
-        assert f"'{path[-1]}'" in message or f"allowed are {', '.join(_at(TREE, path[:-1]))}" in message
+        assert f"'{'.'.join(path)}'" in message or f"allowed are {', '.join(_at(TREE, path[:-1]))}" in message
 
 
 @settings(max_examples=100, deadline=None, database=None)
@@ -446,10 +446,10 @@ def _without(key: str) -> dict[str, Any]:
         (_without("bf16"), "key 'bf16' is missing"),
         (_without("zero_optimization"), "key 'zero_optimization' is missing"),
         (GOOD | {"data_types": {}}, "key 'data_types.grad_accum_dtype' is missing"),
-        (GOOD | {"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean 'grad_accum_dtype'?"),
+        (GOOD | {"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean 'data_types.grad_accum_dtype'?"),
         (GOOD | {"data_types": {"grad_accum_dtype": "fp8"}}, 'data_types.grad_accum_dtype is "fp8"'),
         (GOOD | {"data_types": "fp32"}, 'data_types is "fp32"'),
-        (GOOD | {"bf16": {"enabeld": True}}, "unknown key 'bf16.enabeld'; did you mean 'enabled'?"),
+        (GOOD | {"bf16": {"enabeld": True}}, "unknown key 'bf16.enabeld'; did you mean 'bf16.enabled'?"),
         (GOOD | {"bf16": {"enabled": "false"}}, 'bf16.enabled is "false"'),
         (GOOD | {"bf16": True}, "bf16 is true"),
         (

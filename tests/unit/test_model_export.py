@@ -28,7 +28,7 @@ from mosaicbert_ds.model import (
     import_published,
 )
 from mosaicbert_ds.model.build import to_hf_config
-from mosaicbert_ds.model.export import write_folder
+from mosaicbert_ds.model.export import read_tokenizer, write_folder
 from mosaicbert_ds.model.mosaicbert import MosaicBertModel
 
 TINY = ModelConfig(
@@ -106,12 +106,14 @@ NARROW_PRE_RMS = {"norm_placement": "pre", "norm": "rmsnorm", "num_hidden_layers
 @pytest.mark.parametrize(
     "values", [{"architecture": "mosaicbert"}, {"architecture": "bert"}, NARROW_PRE_RMS], ids=str
 )
-def test_an_exported_folder_works_where_this_package_is_absent(values, tokenizer_dir, tmp_path):
+def test_an_exported_folder_works_where_this_package_is_absent(values, tokenizer_dir, tmp_path, capfd):
     config = replace(TINY, **values)
     model = trained(config)
     out = tmp_path / "runs" / "exported"
     export_model(weights_of(model), config, tokenizer_dir, out)
     assert [path.name for path in out.parent.iterdir()] == ["exported"], "no scratch folder is left"
+    read_tokenizer(out)
+    assert "custom code" not in "".join(capfd.readouterr()), "nobody is asked"
 
     run = subprocess.run(
         [sys.executable, "-I", "-c", BARE_ENVIRONMENT, str(out), str(tmp_path / "logits.pt")],

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,12 +125,20 @@ def _alive(group):
     return True
 
 
-def test_second_run_finds_nothing_to_do_and_other_settings_are_refused(corpus, tokenizer_dir, tmp_path):
+def test_second_run_finds_nothing_to_do_and_other_settings_are_refused(
+    corpus, tokenizer_dir, tmp_path, capsys
+):
     out = tmp_path / "shards"
     first = prepare([corpus], out, tokenizer_dir, CUT, workers=1, held_out_fraction=0.1)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert str(prepare([corpus], out, tokenizer_dir, CUT, workers=2, held_out_fraction=0.1)) == str(first)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert "was written after" not in capsys.readouterr().err
+    edited = tmp_path / "edited" / "0.jsonl"  # a file of the same name and size
+    shutil.copytree(corpus, edited.parent)
+    os.utime(edited, (time.time() + 5,) * 2)
+    prepare([edited.parent], out, tokenizer_dir, CUT, workers=1, held_out_fraction=0.1)
+    assert f"{edited} was written after {out} was made of a file of its size" in capsys.readouterr().err
     with pytest.raises(DataError, match="max_length was 32, is 64"):
         prepare([corpus], out, tokenizer_dir, DataConfig(max_length=64), workers=1, held_out_fraction=0.1)
     with pytest.raises(DataError, match=r"sources had 0.jsonl \(\d+ bytes\) where 1.jsonl"):
@@ -156,7 +165,10 @@ def test_cut_keeps_the_beginning_and_chunk_keeps_all(tokenizer_dir, tmp_path):
     held_out = write_jsonl(tmp_path / "other.jsonl", ["another text"])
     for mode in ("cut", "chunk"):
         data = DataConfig(max_length=32, documents=mode)
-        prepare([source], tmp_path / mode, tokenizer_dir, data, workers=1, held_out_sources=[held_out])
+        said = str(
+            prepare([source], tmp_path / mode, tokenizer_dir, data, workers=1, held_out_sources=[held_out])
+        )
+        assert (f"{sum(len(ids) >= 30 for ids in whole)} documents at 32 tokens" in said) == (mode == "cut")
         shards = ShardSet.open(tmp_path / mode, "train")
         samples = [shards.sample(i) for i in range(shards.num_samples)]
         assert {s[0] for s in samples} == {tokenizer.cls_id} and {s[-1] for s in samples} == {

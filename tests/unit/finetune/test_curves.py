@@ -12,17 +12,18 @@ import torch
 
 from mosaicbert_ds import cli
 from mosaicbert_ds.config import RunConfig
-from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError
+from mosaicbert_ds.data.files import sha256_of
+from mosaicbert_ds.errors import CheckpointError, ConfigError, DataError, UserError
 from mosaicbert_ds.finetune.config import load_finetune_recipe
 from mosaicbert_ds.finetune.lengths import evaluate_lengths
-from mosaicbert_ds.finetune.models import load_masked_lm
+from mosaicbert_ds.finetune.models import export_checkpoint, load_masked_lm
 from mosaicbert_ds.finetune.pareto import PUBLISHED, Point, catching_up, named_run, pareto, plot
 from mosaicbert_ds.finetune.plan import choose_tasks
 from mosaicbert_ds.finetune.report import SplitRows, are_official
 from mosaicbert_ds.finetune.suite import Devices, glue_files
 from mosaicbert_ds.finetune.tasks import GLUE
 from mosaicbert_ds.model import ModelConfig, build_pretraining_model
-from mosaicbert_ds.training.checkpoint import KINDS, write_step
+from mosaicbert_ds.training.checkpoint import KINDS, find_checkpoint, write_step
 from mosaicbert_ds.training.optimizer import OptimizerConfig
 from mosaicbert_ds.typed_yaml import to_tree
 
@@ -41,8 +42,10 @@ def _save(run: Path, step: int, tokenizer: Path) -> None:
             "step": step,
             "samples_seen": 4096 * step,
             "tokens_seen": 0,
+            "elapsed_s": 2000.0 * step,
             "training_s": 1800.0 * step,
         },
+        "tokenizer_sha256": sha256_of(tokenizer / "tokenizer.json"),
         "recipe": to_tree(RunConfig(model=MODEL, optimizer=OptimizerConfig())),
         "world_size": 8,
         "kept": True,
@@ -50,6 +53,29 @@ def _save(run: Path, step: int, tokenizer: Path) -> None:
     write_step(run / "checkpoints", step, dict.fromkeys(KINDS, weights), state)
     if not (run / "tokenizer").exists():
         shutil.copytree(tokenizer, run / "tokenizer")
+
+
+def test_a_step_is_exported_by_any_path_with_the_tokenizer_that_it_was_trained_with(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere" / "checkpoints"
+    _save(run, 1, models["tokenizer"])
+    step = run / "checkpoints" / "step-00000001"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "best").symlink_to(step)
+    (tmp_path / "elsewhere" / "tokenizer").mkdir()  # not the run's
+    (tmp_path / "elsewhere" / "tokenizer" / "tokenizer.json").write_text("{}")
+    monkeypatch.chdir(step)
+    for number, path in enumerate((Path(), Path("../step-00000001"), elsewhere / "best")):
+        export_checkpoint(find_checkpoint(path), tmp_path / str(number))
+        assert sha256_of(tmp_path / str(number) / "tokenizer.json") == sha256_of(
+            models["mosaicbert"] / "tokenizer.json"
+        )
+    with pytest.raises(UserError, match=r"^\. is the folder that you are in; name a new one in it$"):
+        export_checkpoint(find_checkpoint(step), Path())
+    (run / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"run/tokenizer does not hold the tokenizer of .*step-1?0*1"):
+        export_checkpoint(find_checkpoint(step), tmp_path / "another")
 
 
 def test_each_checkpoint_of_a_run_is_scored_once(

@@ -94,7 +94,7 @@ def test_csv_and_jsonl_of_a_user_are_read_with_their_quotes_and_types(tmp_path: 
     task = Task(
         name="t", title="t", text_columns=("text",), label_column="y", labels=("1", "two"), metrics=()
     )
-    table = _write(tmp_path, 'y,text\r\n1,"a, ""b""\nc"\r\ntwo,d\r\n', "a.csv")
+    table = _write(tmp_path, 'y,text\r\n1,"a, ""b""\nc"\r\ntwo,d\r\n\r\n', "a.csv")
     lines = _write(tmp_path, '{"text": "a", "y": 1}\n\n{"y": "two", "text": "b"}\n', "a.jsonl")
     assert read_split(task, table, True).texts == [('a, "b"\nc',), ("d",)]
     assert read_split(task, lines, True).labels == [0, 1]
@@ -104,6 +104,7 @@ def test_csv_and_jsonl_of_a_user_are_read_with_their_quotes_and_types(tmp_path: 
         ('y,text\n1,"a\nb"\n2,c\n', "c.csv", "c.csv:4: label '2' is unknown"),
         ('{"text": "a", "y": 1}\n{"text": "a"}\n', "b.jsonl", "b.jsonl:2: no text or number in field 'y'"),
         ('{"text": null, "y": 1}\n', "c.jsonl", "c.jsonl:1: no text or number in field 'text'"),
+        ('{"text": "a", "y": NaN}\n', "g.jsonl", "g.jsonl:1: no text or number in field 'y'"),
         ("[1]\n", "d.jsonl", "d.jsonl:1: not a JSON object"),
         ('{"text": "a\\ud800", "y": 1}\n', "f.jsonl", "f.jsonl:1: half a surrogate pair in field 'text'"),
         ("x", "e.txt", "e.txt is no .tsv, .csv, .jsonl"),
@@ -113,7 +114,10 @@ def test_csv_and_jsonl_of_a_user_are_read_with_their_quotes_and_types(tmp_path: 
     for text, said in (
         ("y,text\n1,a\n", "d.csv: column 'y' holds only 1; a classification has two"),
         ("y,text\n", "d.csv: column 'y' holds no label"),
+        ("y;text\n1;a\n", "d.csv:1: no column 'y' in the header; .* y;text; separate columns by commas"),
         ("y,text\n1,a\n,b\n2,c\n", "d.csv:3: no label in column 'y'"),
+        ("y,text\n1,a\n2,b\n1.0,c\n", "d.csv: labels '1' and '1.0' in column 'y' differ in nothing but how"),
+        ('y,text\nyes,a\n"yes ",b\nno,c\n', "labels 'yes' and 'yes ' in column 'y' differ in nothing but"),
     ):
         with pytest.raises(DataError, match=said):
             labels_in(_write(tmp_path, text, "d.csv"), "y")

@@ -107,7 +107,7 @@ def test_tasks_that_start_from_each_other_are_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("tasks.rte.epoch=1", "unknown key 'tasks.rte.epoch'; did you mean 'epochs'?"),
+        ("tasks.rte.epoch=1", "unknown key 'tasks.rte.epoch'; did you mean 'tasks.rte.epochs'?"),
         ("tasks.my-task.epochs=1", "key 'tasks.my-task.peak_lr' is missing"),
         ("max_lenght=1", "did you mean 'max_length'?"),
         ("tasks.rte.seeds=[]", "tasks.rte.seeds"),
