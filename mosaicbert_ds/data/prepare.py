@@ -195,13 +195,15 @@ def _is_finished(folder: Path, settings: dict[str, Any]) -> bool:
 
 def _tell_newer_sources(pieces: Iterable[Piece], manifest: Path) -> None:
     """Sources are known by name and size: one that was edited to the same size would pass for unchanged."""
-    for piece in pieces:
-        if piece.path and piece.path.stat().st_mtime > manifest.stat().st_mtime:
-            print(
-                f"{piece.path} was written after {manifest.parent} was made of a file of its size; if its "
-                "text has changed, prepare it into a new folder",
-                file=sys.stderr,
-            )
+    made_s = manifest.stat().st_mtime
+    newer = [piece.path for piece in pieces if piece.path and piece.path.stat().st_mtime > made_s]
+    if newer:
+        more = f" and {len(newer) - 1:,} more were" if newer[1:] else " was"
+        print(
+            f"{newer[0]}{more} written after {manifest.parent} was made of files of that size; if the text "
+            "has changed, prepare it into a new folder",
+            file=sys.stderr,
+        )
 
 
 def _difference(key: str, earlier: Any, now: Any) -> str:

@@ -131,7 +131,8 @@ def _records(
         header = tuple(first)
     missing = [column for column in columns if column not in header]
     if missing:
-        hint = "; separate columns by commas" if ";" in "".join(header[:1]) else ""
+        separator = "tabs" if path.suffix == ".tsv" else "commas"
+        hint = f"; columns are separated by {separator}" if len(header) == 1 else ""
         raise DataError(
             f"{path}:1: no column '{missing[0]}' in the header; its columns are "
             f"{', '.join(header) or 'none'}{hint}"

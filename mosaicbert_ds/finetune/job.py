@@ -85,13 +85,13 @@ class _Scale:
     def of(task: Task, labels: np.ndarray) -> "_Scale":
         if not task.learns_standardised:
             return _Scale()
-        mean, std = float(np.mean(labels)), float(np.std(labels)) or 1.0
-        if abs(mean) > 1e5 * std:
+        mean, std = float(np.mean(labels)), float(np.std(labels))
+        if std and abs(mean) > 1e5 * std:
             raise DataError(
                 f"the labels are {mean:.10g} give or take {std:.4g}, which fp32 tells apart too coarsely; "
                 f"subtract {mean:.10g} from them"
             )
-        return _Scale(mean, std)
+        return _Scale(mean, std or 1.0)
 
     @torch.no_grad()
     def fold_into(self, head: torch.nn.Linear) -> None:

@@ -138,7 +138,7 @@ def test_second_run_finds_nothing_to_do_and_other_settings_are_refused(
     shutil.copytree(corpus, edited.parent)
     os.utime(edited, (time.time() + 5,) * 2)
     prepare([edited.parent], out, tokenizer_dir, CUT, workers=1, held_out_fraction=0.1)
-    assert f"{edited} was written after {out} was made of a file of its size" in capsys.readouterr().err
+    assert f"{edited} was written after {out} was made of files of that size" in capsys.readouterr().err
     with pytest.raises(DataError, match="max_length was 32, is 64"):
         prepare([corpus], out, tokenizer_dir, DataConfig(max_length=64), workers=1, held_out_fraction=0.1)
     with pytest.raises(DataError, match=r"sources had 0.jsonl \(\d+ bytes\) where 1.jsonl"):

@@ -114,7 +114,7 @@ def test_csv_and_jsonl_of_a_user_are_read_with_their_quotes_and_types(tmp_path: 
     for text, said in (
         ("y,text\n1,a\n", "d.csv: column 'y' holds only 1; a classification has two"),
         ("y,text\n", "d.csv: column 'y' holds no label"),
-        ("y;text\n1;a\n", "d.csv:1: no column 'y' in the header; .* y;text; separate columns by commas"),
+        ("y;text\n1;a\n", "d.csv:1: no column 'y' in the header; .* y;text; columns are separated by commas"),
         ("y,text\n1,a\n,b\n2,c\n", "d.csv:3: no label in column 'y'"),
         ("y,text\n1,a\n2,b\n1.0,c\n", "d.csv: labels '1' and '1.0' in column 'y' differ in nothing but how"),
         ('y,text\nyes,a\n"yes ",b\nno,c\n', "labels 'yes' and 'yes ' in column 'y' differ in nothing but"),
