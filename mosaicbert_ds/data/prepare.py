@@ -52,7 +52,7 @@ from mosaicbert_ds.data.sources import (
     read_piece,
     refuse_or_count,
 )
-from mosaicbert_ds.data.tokenizer import TOKENIZER_FILES, LoadedTokenizer, load_tokenizer
+from mosaicbert_ds.data.tokenizer import TOKENIZER_FILES, LoadedTokenizer, copy_tokenizer, load_tokenizer
 from mosaicbert_ds.errors import ConfigError, DataError
 
 # Large enough for sequential disk reads, small enough that an interruption loses little.
@@ -143,7 +143,7 @@ def prepare(
     if _is_finished(folder, settings):
         _tell_newer_sources((*train.pieces, *held_out_pieces), folder / "manifest.json")
     else:
-        _copy_tokenizer(tokenizer, folder / "tokenizer")
+        copy_tokenizer(tokenizer.folder, folder / "tokenizer")
         job = _Job(
             folder=folder,
             data=data,
@@ -214,12 +214,6 @@ def _difference(key: str, earlier: Any, now: Any) -> str:
             old, new = (f"{entry[0]} ({entry[1]} bytes)" if entry else "nothing" for entry in (old, new))
             return f"{key} had {old} where {new} stands"
     raise AssertionError(key)
-
-
-def _copy_tokenizer(tokenizer: LoadedTokenizer, target: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (tokenizer.folder / name).is_file():
-            write_durably(target / name, (tokenizer.folder / name).read_bytes())
 
 
 def _units(pieces: Iterable[Piece], held_out: bool, first: int = 0) -> Iterator[_Unit]:

@@ -128,6 +128,16 @@ def load_tokenizer(folder: str | Path) -> LoadedTokenizer:
     )
 
 
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Its files without their permissions: of a folder that nobody may change, one that may be written again.
+
+    Raises DataError where `target` cannot be written.
+    """
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            write_durably(target / name, (folder / name).read_bytes())
+
+
 def train_tokenizer(
     sources: Sequence[str],
     out_dir: str | Path,

@@ -135,7 +135,7 @@ def open_verified(path: Path) -> Checkpoint:
         if listed[name] != _size_and_sha256(path / name):
             raise CheckpointError(f"{path / name} does not match its size and sha256 in manifest.json")
     state = _read_json(path / "state.json")
-    if step_folder(path, state["progress"]["step"]).name != path.resolve().name:
+    if step_folder(path.parent, state["progress"]["step"]).name != path.resolve().name:
         raise CheckpointError(f"{path} holds step {state['progress']['step']}, not the step of its name")
     return Checkpoint(path, state)
 

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import torch
 
 from mosaicbert_ds import dist
-from mosaicbert_ds.data.files import write_durably
+from mosaicbert_ds.data.tokenizer import copy_tokenizer
 from mosaicbert_ds.errors import ConfigError
 from mosaicbert_ds.training.checkpoint import make_folder
 
@@ -45,9 +45,7 @@ def record_start(run: Path, recipe_yaml: str, ds_config: dict[str, Any], tokeniz
     with _written(run):
         (run / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         (run / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
-        for part in tokenizer.iterdir():
-            # Not with its permissions: shards may be read-only, and the next start writes here again.
-            write_durably(run / "tokenizer" / part.name, part.read_bytes())
+        copy_tokenizer(tokenizer, run / "tokenizer")
         with (run / "launches.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(_this_launch()) + "\n")
 
