@@ -186,10 +186,11 @@ def test_a_newcomers_mistakes_are_one_sentence_each(corpus: Path, tmp_path: Path
     # Through the launcher: exit code 2 and the sentence, without a traceback; and what only the main rank
     # sees wrong leaves nothing behind that the right command would wait for.
     command = (*SMALL, "duration.samples=160", "--data", str(corpus), "--out", str(tmp_path / "run"))
-    launcher.log.write_bytes(b"")
-    assert launcher.run(*command, "model.hidden_size=64") == EXIT_USER_ERROR
-    said = launcher.log.read_text()
-    assert "error: " in said and "Traceback" not in said
+    for mistakes in (["--data", "nowhere"], ["model.hidden_size=64"]):
+        launcher.log.write_bytes(b"")
+        assert launcher.run(*command, *mistakes) == EXIT_USER_ERROR
+        said = launcher.log.read_text()
+        assert "error: " in said and "Traceback" not in said
     assert launcher.run(*command) == 0
 
 
