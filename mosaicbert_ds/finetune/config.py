@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mosaicbert_ds.model.config import Rate
-from mosaicbert_ds.training.optimizer import Beta, MuonConfig, OptimizerConfig, ScheduleConfig
+from mosaicbert_ds.training.optimizer import Beta, OptimizerConfig, ScheduleConfig
 from mosaicbert_ds.typed_yaml import read_recipe, recipe_part
 
 _RECIPES = Path(__file__).parents[1] / "recipes" / "finetune"
@@ -44,20 +44,13 @@ class FinetuneConfig:
     shuffle: bool = True
     sort_window: Annotated[int, Field(ge=1, le=10_000)] = 16
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    optimizer_name: Literal["adamw", "muon"] = "adamw"
-    muon_rate: Annotated[float, Field(gt=0, le=1000)] = 1.0  # of the hidden layers' matrices, times peak_lr
-    muon_momentum: Beta = 0.95
     tasks: dict[str, TaskRecipe]
 
     def optimizer(self, task: str) -> OptimizerConfig:
         row = self.tasks[task]
-        muon = MuonConfig(
-            peak_lr=self.muon_rate * row.peak_lr, momentum=self.muon_momentum, weight_decay=row.weight_decay
-        )
         return OptimizerConfig(
-            name=self.optimizer_name, peak_lr=row.peak_lr, muon=muon, betas=self.betas, eps=self.eps,
-            weight_decay=row.weight_decay,
-        )  # fmt: skip
+            peak_lr=row.peak_lr, betas=self.betas, eps=self.eps, weight_decay=row.weight_decay
+        )
 
 
 def load_finetune_recipe(name: str, overrides: list[str] | None = None) -> FinetuneConfig:

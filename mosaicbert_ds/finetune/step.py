@@ -17,7 +17,6 @@ from mosaicbert_ds import ops
 from mosaicbert_ds.finetune.batches import Inputs, Shape, buffer_size, views
 from mosaicbert_ds.finetune.models import Classifier
 from mosaicbert_ds.ops.reference import IGNORED_LABEL
-from mosaicbert_ds.training.muon import Muon, is_muons
 from mosaicbert_ds.training.optimizer import OptimizerConfig
 from mosaicbert_ds.training.progress import step_seed
 
@@ -63,17 +62,7 @@ class Trainer:
             masters = [weight.detach().clone() for weight in self._compute]
             self._model.bfloat16()
         hyper = (optimizer.betas, optimizer.eps, optimizer.adamw_weight_decay)
-        by_muon = [optimizer.name == "muon" and is_muons(n, w) for n, w in model.named_parameters()]
-        self._masters, self._by_muon = masters, by_muon
-        self._optimizer = ops.adamw(
-            list(_where(by_muon, False, self._compute)), list(_where(by_muon, False, masters)), rates, *hyper
-        )
-        self._muon = None
-        if any(by_muon):
-            self._muon = _Muon(
-                dict(zip(self._names, self._compute, strict=True)), dict(zip(self._names, masters, strict=True)),
-                list(_where(by_muon, True, self._names)), rates, optimizer,
-            )
+        self._optimizer = ops.adamw(self._compute, masters, rates, *hyper)
         self.losses = torch.zeros(len(rates), device=device)  # of each step; reading it waits for the device
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self.steps_done = 0
@@ -97,9 +86,7 @@ class Trainer:
         # On this thread, whose capture it is, and not on autograd's own.
         with torch.autograd.set_multithreading_enabled(False):
             gradients = torch.autograd.grad(loss, self._compute)
-        self._optimizer.update(list(_where(self._by_muon, False, gradients)), self._step)
-        if self._muon:
-            self._muon.update(list(_where(self._by_muon, True, gradients)), self._step)
+        self._optimizer.update(gradients, self._step)
         self.losses.index_copy_(0, self._step, loss.detach().view(1))
         self._step += 1
 
@@ -158,7 +145,7 @@ class Trainer:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Weights and moments by parameter name, fp32 on the CPU, as `training.checkpoint` keeps them."""
         return {
-            kind: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
+            kind: {n: v.detach().to("cpu", copy=True) for n, v in zip(self._names, values, strict=True)}
             for kind, values in self._columns().items()
         }
 
@@ -166,59 +153,25 @@ class Trainer:
     def restore(self, state: dict[str, dict[str, Tensor]], steps_done: int) -> None:
         """Go on from what `state` gave after `steps_done` steps. Before the first step only."""
         for kind, values in self._columns().items():
-            for name, value in values.items():
+            for name, value in zip(self._names, values, strict=True):
                 value.copy_(state[kind][name])
-        for weight, master in zip(self._compute, self._masters, strict=True):
+        for weight, master in zip(self._optimizer.weights, self._optimizer.masters, strict=True):
             weight.copy_(master)
         self.steps_done = steps_done
         self._step.fill_(steps_done)
 
-    def _columns(self) -> dict[str, dict[str, Tensor]]:
-        """What `state` holds, where it lives. Muon's momenta are first moments."""
-        names = list(_where(self._by_muon, False, self._names))
-        exp_avg = dict(zip(names, self._optimizer.exp_avg, strict=True))
-        if self._muon:
-            exp_avg |= self._muon.momenta
+    def _columns(self) -> dict[str, list[Tensor]]:
+        """What `state` holds, where it lives."""
+        optimizer = self._optimizer
         return {
-            "weights": dict(zip(self._names, self._masters, strict=True)),
-            "exp_avg": exp_avg,
-            "exp_avg_sq": dict(zip(names, self._optimizer.exp_avg_sq, strict=True)),
-        }
+            "weights": optimizer.masters, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq
+        }  # fmt: skip
 
     def finished_model(self) -> Classifier:
         """The model with its fp32 weights, on the CPU. Ends the training."""
         self._graphs.clear()
         model = self._model.float().cpu()
         with torch.no_grad():
-            for parameter, master in zip(model.parameters(), self._masters, strict=True):
+            for parameter, master in zip(model.parameters(), self._optimizer.masters, strict=True):
                 parameter.copy_(master)
         return model
-
-
-def _where(flags, wanted, items):
-    return (item for flag, item in zip(flags, items, strict=True) if flag == wanted)
-
-
-class _Muon:
-    def __init__(self, weights, masters, names, rates, optimizer):
-        self.weights, self.masters = [weights[n] for n in names], [masters[n] for n in names]
-        self._updates = [torch.zeros_like(m) for m in self.masters]
-        keys = self.masters
-        self._muon = Muon(
-            optimizer.muon.momentum, dict(zip(keys, names, strict=True)),
-            dict(zip(keys, self._updates, strict=True)),
-        )
-        self.momenta = dict(zip(names, self._muon.momenta.values(), strict=True))
-        lr = torch.tensor(rates, dtype=torch.float64) * (optimizer.muon.peak_lr / optimizer.peak_lr)
-        self._decay = (1 - lr * optimizer.muon.adamw_weight_decay).float().to(keys[0].device)
-        self._rates = lr.float().to(keys[0].device)
-
-    @torch.no_grad()
-    def update(self, gradients, step):
-        torch._foreach_copy_(self._updates, gradients)
-        self._muon.gradients_to_updates()
-        torch._foreach_mul_(self.masters, self._decay.index_select(0, step).squeeze())
-        torch._foreach_mul_(self._updates, self._rates.index_select(0, step).squeeze())
-        torch._foreach_sub_(self.masters, self._updates)
-        if self.weights[0] is not self.masters[0]:
-            torch._foreach_copy_(self.weights, self.masters)
